@@ -1,0 +1,192 @@
+"""The jobs of this repository: `nox -s conformance`, `tests`, `lint` and `goldens`.
+
+Each backend runs in an environment of its own, so that no two frameworks meet in one process.
+Environments stand in .nox/ and are kept until their requirement files change.
+"""
+
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import nox
+
+ROOT = Path(__file__).parent
+ENVIRONMENTS = ROOT / ".nox"
+REQUIREMENTS = ROOT / "requirements"
+ACCELERATORS = ("cpu", "cuda")
+ORDER = ("numpy", "torch", "tf", "jax")  # in which reports name the backends
+
+nox.needs_version = ">=2024.3.2"
+nox.options.default_venv_backend = "none"  # `environment` makes them: one job needs several
+nox.options.sessions = ["conformance"]
+
+
+class Request(NamedTuple):
+    """What stands behind `nox -s conformance --`."""
+
+    backends: list[str]
+    accelerator: str
+    reason: str  # why this accelerator
+    passed_on: list[str]  # to `python -m conformance run`
+
+
+def present_backends(root: Path = ROOT) -> list[str]:
+    """The backends that have a folder impl_*, in the order of ORDER, then by name."""
+    found = {path.parent.name.removeprefix("impl_") for path in root.glob("impl_*/backend.py")}
+    return [name for name in ORDER if name in found] + sorted(found - set(ORDER))
+
+
+def find_accelerator() -> tuple[str, str]:
+    """The accelerator of this machine, and how that is known."""
+    tool = shutil.which("nvidia-smi")
+    if tool is None:
+        return "cpu", "nvidia-smi is not on this machine"
+    try:
+        done = subprocess.run([tool, "-L"], capture_output=True, text=True, timeout=60)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return "cpu", f"nvidia-smi does not run: {error}"
+    devices = [line for line in done.stdout.splitlines() if line.startswith("GPU")]
+    if done.returncode or not devices:
+        return "cpu", "nvidia-smi finds no device"
+    return "cuda", f"nvidia-smi finds {devices[0].split(' (UUID')[0]}"
+
+
+def parse(arguments: list[str], present: list[str]) -> Request:
+    """Backends first, then options; all but --accelerator go on to the runner.
+
+    Raises ValueError for an unknown backend or accelerator, naming those that are allowed.
+    """
+    rest, names, passed_on, accelerator = list(arguments), [], [], None
+    while rest:
+        argument = rest.pop(0)
+        option, equals, value = argument.partition("=")
+        if option == "--accelerator":
+            accelerator = value if equals else rest.pop(0) if rest else ""
+            if accelerator not in ACCELERATORS:
+                raise ValueError(
+                    f"--accelerator {accelerator!r} is unknown; choose {' or '.join(ACCELERATORS)}"
+                )
+        elif argument.startswith("-") or passed_on:
+            passed_on.append(argument)
+        else:
+            names.append(argument)
+    if unknown := [name for name in names if name not in present]:
+        raise ValueError(
+            f"unknown backend {', '.join(map(repr, unknown))}; allowed are {', '.join(present)}, "
+            "each a folder impl_NAME; names stand before options"
+        )
+    backends = [name for name in present if name in names] if names else present
+    if accelerator:
+        return Request(backends, accelerator, "chosen by --accelerator", passed_on)
+    return Request(backends, *find_accelerator(), passed_on)
+
+
+def requirement_files(path: Path) -> list[Path]:
+    """A requirement file and all that it includes with `-r`."""
+    files = [path]
+    for line in path.read_text(encoding="utf-8").splitlines():
+        if line.startswith("-r "):
+            files += requirement_files(path.parent / line.removeprefix("-r ").strip())
+    return files
+
+
+def fingerprint(path: Path) -> str:
+    """What an environment is made from: every requirement file, and this Python."""
+    text = [sys.version, sys.base_prefix]
+    text += [file.read_text(encoding="utf-8") for file in requirement_files(path)]
+    return hashlib.sha256("\n".join(text).encode()).hexdigest()
+
+
+def environment(session: nox.Session, name: str) -> str:
+    """The Python of .nox/NAME, which holds requirements/NAME.txt; made where it is not there.
+
+    One whose requirement files have changed is made anew, so that nothing old stays in it.
+    """
+    if sys.version_info < (3, 11):  # noqa: UP036 (nox starts with older ones)
+        session.error(
+            f"this is Python {sys.version.split()[0]}; Python 3.11 or newer is needed: "
+            "make .venv with one, and install nox there"
+        )
+    folder, requirements = ENVIRONMENTS / name, REQUIREMENTS / f"{name}.txt"
+    python = folder / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+    stamp, wanted = folder / "made-from.sha256", fingerprint(requirements)
+    if python.exists() and stamp.exists() and stamp.read_text(encoding="utf-8") == wanted:
+        session.log(f"environment .nox/{name}: kept")
+        return str(python)
+    if folder.exists():
+        shutil.rmtree(folder)
+    session.log(f"environment .nox/{name}: made from requirements/{name}.txt; this takes a while")
+    session.run(sys.executable, "-m", "venv", str(folder), external=True)
+    warn_of_large_torch(session, str(python), requirements)
+    quiet = [] if sys.stdout.isatty() else ["--quiet"]
+    install = [str(python), "-m", "pip", "install", *quiet, "-r", str(requirements)]
+    session.run(*install, external=True)
+    stamp.write_text(wanted, encoding="utf-8")  # last: half an environment is never kept
+    return str(python)
+
+
+def warn_of_large_torch(session: nox.Session, python: str, requirements: Path) -> None:
+    """Say, before a CPU environment is made, where pip will fetch the build for CUDA."""
+    names = [file.name for file in requirement_files(requirements)]
+    if sys.platform != "linux" or "torch-cpu.txt" not in names:
+        return
+    settings = subprocess.run(
+        [python, "-m", "pip", "config", "list"], capture_output=True, text=True
+    )
+    if "index-url" not in settings.stdout and "find-links" not in settings.stdout:
+        session.warn(
+            "pip knows no index besides its own, whose PyTorch for Linux is the build for CUDA: "
+            "it runs on a CPU too, but is several GB. For the small one, stop here, set "
+            "PIP_EXTRA_INDEX_URL to the index of CPU builds that PyTorch's own installation page "
+            "names, and start again"
+        )
+
+
+@nox.session
+def conformance(session: nox.Session) -> None:
+    """Check every backend against the spec: `-- [numpy torch ...] [--accelerator cpu|cuda] [...]`.
+
+    Options other than --accelerator go on to `python -m conformance run`.
+    """
+    try:
+        request = parse(session.posargs, present_backends())
+    except ValueError as error:
+        session.error(str(error))
+    session.log(f"backends: {', '.join(request.backends)}")
+    session.log(f"accelerator: {request.accelerator} ({request.reason})")
+    runner = environment(session, "base")
+    implementations = []
+    for name in request.backends:
+        # NumPy has one set of requirements: it runs on the CPU beside any accelerator.
+        accelerator = "cpu" if name == "numpy" else request.accelerator
+        python = environment(session, f"{name}-{accelerator}")
+        implementations += ["--impl", f"impl_{name}={python}"]
+    command = ["-m", "conformance", "run", *implementations, *request.passed_on]
+    session.run(runner, *command, external=True)
+
+
+@nox.session
+def tests(session: nox.Session) -> None:
+    """Test the suite itself, the command lines and the pages: `-- [pytest's arguments]`."""
+    python = environment(session, "tests")
+    session.run(python, "-m", "pytest", "-n", "2", *session.posargs, external=True)
+
+
+@nox.session
+def goldens(session: nox.Session) -> None:
+    """Make the goldens anew, in an environment of their own; `-- --check` compares instead."""
+    python = environment(session, "goldens")
+    session.run(python, "-m", "spec.generate", *session.posargs, external=True)
+
+
+@nox.session
+def lint(session: nox.Session) -> None:
+    """Check style and types: ruff's rules, its format, and mypy on spec and conformance."""
+    python = environment(session, "lint")
+    session.run(python, "-m", "ruff", "check", external=True)
+    session.run(python, "-m", "ruff", "format", "--check", external=True)
+    session.run(python, "-m", "mypy", external=True)
