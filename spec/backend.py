@@ -5,7 +5,7 @@ A backend is a module with `name`, `modes` and `open`. Images are [B, H, W, C], 
 Every random quantity is an argument. A method may raise NotImplementedError.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -119,6 +119,20 @@ class Model(Protocol):
         drop: np.ndarray | None = None,
     ) -> float:
         """Loss, gradients and update in one, as training runs it; gives the loss before it."""
+        ...
+
+    def fit(
+        self,
+        images: np.ndarray,
+        labels: np.ndarray | None,
+        steps: int,
+        shared_noise: bool = False,
+    ) -> Iterator[float]:
+        """Train on images [N, H, W, C] and labels [N]; yields each step's loss as it is done.
+
+        Draws from the framework's own generator, or from the shared stream (S10), both keyed by
+        the seed of `open` and the step. The lab uses it; no golden case does.
+        """
         ...
 
     def sample(
@@ -390,6 +404,14 @@ class Checked:
     def train_step(self, x0, t, noise, labels=None, drop=None):
         self._batch(x0, t, noise, labels, drop)
         return self.model.train_step(x0, t, noise, labels, drop)
+
+    def fit(self, images, labels, steps, shared_noise=False):
+        rows = self._images(("images", images))
+        if self.config.num_classes:
+            self._labels(labels, rows)
+        if isinstance(steps, bool) or not isinstance(steps, (int, np.integer)) or steps < 1:
+            raise ValueError(f"steps = {steps!r} is not a number of steps; give at least 1")
+        return self.model.fit(images, labels, int(steps), shared_noise)
 
     def sample(
         self, x, noise=None, labels=None, *, method="ddpm", steps=None, eta=0.0, guidance_scale=None

@@ -1,0 +1,1 @@
+"""What surrounds a run: the command line, progress, files and pictures; no framework by name."""
