@@ -1,0 +1,159 @@
+"""The protocol of spec/backend.py for NumPy; arguments are checked there, blocks reached here."""
+
+import os
+
+import numpy as np
+
+from impl_numpy import diffusion, train, unet
+from impl_numpy.layers import conv
+from impl_numpy.params import load_params, read_params
+from impl_numpy.schedule import make_schedule
+from spec.backend import Checked, check_open
+from spec.config import Config
+from spec.noise import training_draws
+from spec.params import find_block, initial_params
+
+name = "numpy"
+modes = ("eager",)
+
+
+def open(config: Config, params=None, *, seed=0, dtype="float32", device="auto", mode="compiled"):
+    """A Model with these parameters, or those that the seed gives; NumPy knows one mode, eager."""
+    params = check_open(config, params, dtype, device, mode)
+    if device == "cuda":
+        raise ValueError("device = 'cuda': NumPy runs on the CPU; use device='cpu' or 'auto'")
+    params = initial_params(config, seed) if params is None else params
+    return Checked(NumpyModel(config, params, seed, dtype), config, dtype)
+
+
+class NumpyModel:
+    """See spec.backend.Model for what each method takes and gives."""
+
+    def __init__(self, config: Config, params, seed: int, dtype: str) -> None:
+        self.config, self.seed, self.dtype = config, seed, np.dtype(dtype)
+        self.tables = make_schedule(config)
+        model = unet.UNet(config, {key: np.array(value, dtype) for key, value in params.items()})
+        self._state = train.init_state(model)
+
+    @property
+    def _model(self) -> unet.UNet:
+        return self._state.model
+
+    def schedule(self):
+        return {key: table.astype(self.dtype) for key, table in self.tables.items()}
+
+    def q_sample(self, x0, t, noise):
+        return diffusion.q_sample(self.tables, x0, t, noise)
+
+    def target(self, x0, t, noise):
+        return diffusion.target(self.tables, self.config, x0, t, noise).copy()
+
+    def predict_x0_eps(self, x_t, t, out):
+        x0, eps = diffusion.predict_x0_eps(self.tables, self.config, x_t, t, out)
+        return x0.copy(), eps.copy()
+
+    def ddpm_step(self, x_t, t, out, noise):
+        return diffusion.ddpm_step(self.tables, self.config, x_t, t, out, noise)
+
+    def ddim_step(self, x_t, t, t_prev, out, noise, eta=0.0):
+        coefficients = diffusion.ddim_coefficients(self.tables, t, t_prev, eta)
+        return diffusion.ddim_step(self.tables, self.config, x_t, t, out, noise, coefficients)
+
+    def guide(self, out_null, out_label, guidance_scale):
+        return diffusion.guide(out_null, out_label, guidance_scale)
+
+    def predict(self, x, t, labels=None):
+        return self._model(x, t, labels)
+
+    def taps(self, x, t, labels=None):
+        seen = {}
+
+        def tap(key, value):
+            seen[key] = value.copy()
+            return value
+
+        self._model(x, t, labels, tap)
+        return seen
+
+    def run_block(self, name, x=None, emb=None, t=None, labels=None):
+        p, groups, kind = self._model.params, self.config.groups, find_block(self.config, name).kind
+        if kind == "time_proj":
+            return self._model.time_table[t]
+        if kind == "emb":
+            return unet.embed(p, self._model.time_table[t], labels)[0]
+        if kind == "resnet":
+            return unet.res_block(p, name, x, emb, groups)[0]
+        if kind == "attention":
+            return unet.attention(p, name, x, groups)[0]
+        if kind == "conv_in":
+            return conv(p, name, x)[0]
+        if kind == "conv_out":
+            return unet.head(p, x, groups)[0]
+        return {"downsample": unet.downsample, "upsample": unet.upsample}[kind](p, name, x)[0]
+
+    def loss_and_grads(self, x0, t, noise, labels=None, drop=None):
+        loss, grads = train.loss_and_grads(
+            self._model, self.tables, self.config, x0, t, noise, labels, drop
+        )
+        return float(loss), {key: np.ascontiguousarray(grads[key]) for key in self._model.params}
+
+    def apply_gradients(self, grads):
+        train.apply_gradients(self._state, self.config, grads)
+
+    def train_step(self, x0, t, noise, labels=None, drop=None):
+        loss = train.train_step(self._state, self.tables, self.config, x0, t, noise, labels, drop)
+        return float(loss)
+
+    def fit(self, images, labels, steps, shared_noise=False):
+        """Train for `steps` steps on images [N, H, W, C] and labels [N]; yields each step's loss.
+
+        Native randomness is keyed by (seed, step), so a run goes on where its state stopped.
+        """
+
+        def draws():
+            for step in range(self._state.step, self._state.step + steps):
+                if shared_noise:
+                    yield training_draws(self.config, len(images), self.seed, step)
+                else:
+                    generator = np.random.default_rng([self.seed, step])
+                    yield train.draw_batch(self.config, len(images), generator)
+
+        images = images.astype(self.dtype)
+        for loss in train.train(self._state, self.tables, self.config, images, labels, draws()):
+            yield float(loss)
+
+    def sample(
+        self, x, noise=None, labels=None, *, method="ddpm", steps=None, eta=0.0, guidance_scale=None
+    ):
+        noise = np.zeros((steps, 1, 1, 1, 1), x.dtype) if noise is None else noise
+        shared = (self._model, self.tables, self.config, x, noise, labels, guidance_scale)
+        if method == "ddpm":
+            return diffusion.sample_ddpm(*shared)
+        return diffusion.sample_ddim(*shared, steps, eta)
+
+    def params(self):
+        return read_params(self._model)
+
+    def state(self):
+        trees = {part: getattr(self._state, part) for part in ("m", "v", "ema")}
+        copies = {part: {k: a.copy() for k, a in tree.items()} for part, tree in trees.items()}
+        return {"step": self._state.step, "params": self.params(), **copies}
+
+    def load_state(self, state):
+        load_params(self._model, state["params"])
+        trees = ({key: a.copy() for key, a in state[part].items()} for part in ("m", "v", "ema"))
+        self._state = train.State(self._model, *trees, step=state["step"])
+
+    def synchronize(self):
+        """NumPy has finished when it returns."""
+
+    def describe(self):
+        return {
+            "name": name,
+            "framework": f"numpy {np.__version__}",
+            "device": "cpu",
+            "mode": "eager",
+            "dtype": str(self.dtype),
+            "threads": int(os.environ.get("OPENBLAS_NUM_THREADS", 0))
+            or len(os.sched_getaffinity(0)),
+        }

@@ -1,0 +1,203 @@
+"""The protocol of spec/backend.py for PyTorch; images are permuted, blocks reached here."""
+
+import numpy as np
+import torch
+
+from impl_torch import diffusion, train, unet
+from impl_torch.params import load_params, read_params
+from impl_torch.schedule import make_schedule
+from spec.backend import Checked, check_open
+from spec.config import Config
+from spec.noise import training_draws
+from spec.params import find_block, initial_params
+
+name = "torch"
+modes = ("eager", "compiled")
+
+
+def open(config: Config, params=None, *, seed=0, dtype="float32", device="auto", mode="compiled"):
+    """A Model with these parameters, or those that the seed gives; compiled: torch.compile."""
+    params = check_open(config, params, dtype, device, mode)
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device = 'cuda': PyTorch sees no GPU here; use device='cpu' or 'auto'")
+    # float32 means float32: convolutions would use TF32 on a GPU by default
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+    params = initial_params(config, seed) if params is None else params
+    model = TorchModel(config, params, seed, getattr(torch, dtype), torch.device(device), mode)
+    return Checked(model, config, dtype)
+
+
+class TorchModel:
+    """See spec.backend.Model for what each method takes and gives."""
+
+    def __init__(self, config, params, seed: int, dtype: torch.dtype, device, mode: str) -> None:
+        self.config, self.seed, self.dtype, self.device, self.mode = (
+            config,
+            seed,
+            dtype,
+            device,
+            mode,
+        )
+        self.tables = {key: table.to(device) for key, table in make_schedule(config).items()}
+        model = unet.UNet(config).to(device, dtype, memory_format=torch.channels_last)
+        load_params(model, params)
+        self._state = train.init_state(model)
+        if mode == "compiled":
+            model.compile()
+
+    @property
+    def _model(self) -> unet.UNet:
+        return self._state.model
+
+    def _native(self, value):
+        """A tensor on the device; images [..., H, W, C] become [..., C, H, W], memory as it was."""
+        if value is None:
+            return None
+        tensor = torch.from_numpy(value.copy()).to(self.device)
+        return tensor.movedim(-1, -3) if value.ndim > 3 else tensor
+
+    def _natives(self, *values):
+        return [self._native(value) for value in values]
+
+    def _numpy(self, tensor) -> np.ndarray:
+        """The same back, as an array of its own."""
+        tensor = tensor.detach()
+        tensor = tensor.movedim(-3, -1) if tensor.ndim > 3 else tensor
+        return np.array(tensor.cpu().numpy(), order="C")
+
+    def schedule(self):
+        return {key: self._numpy(table.to(self.dtype)) for key, table in self.tables.items()}
+
+    def q_sample(self, x0, t, noise):
+        return self._numpy(diffusion.q_sample(self.tables, *self._natives(x0, t, noise)))
+
+    def target(self, x0, t, noise):
+        return self._numpy(diffusion.target(self.tables, self.config, *self._natives(x0, t, noise)))
+
+    def predict_x0_eps(self, x_t, t, out):
+        inputs = self._natives(x_t, t, out)
+        x0, eps = diffusion.predict_x0_eps(self.tables, self.config, *inputs)
+        return self._numpy(x0), self._numpy(eps)
+
+    def ddpm_step(self, x_t, t, out, noise):
+        inputs = self._natives(x_t, t, out, noise)
+        return self._numpy(diffusion.ddpm_step(self.tables, self.config, *inputs))
+
+    def ddim_step(self, x_t, t, t_prev, out, noise, eta=0.0):
+        x_t, t, t_prev, out, noise = self._natives(x_t, t, t_prev, out, noise)
+        coefficients = diffusion.ddim_coefficients(self.tables, t, t_prev, eta)
+        x = diffusion.ddim_step(self.tables, self.config, x_t, t, out, noise, coefficients)
+        return self._numpy(x)
+
+    def guide(self, out_null, out_label, guidance_scale):
+        return self._numpy(diffusion.guide(*self._natives(out_null, out_label), guidance_scale))
+
+    @torch.no_grad()
+    def predict(self, x, t, labels=None):
+        return self._numpy(self._model(*self._natives(x, t, labels)))
+
+    @torch.no_grad()
+    def taps(self, x, t, labels=None):
+        seen = {}
+
+        def tap(key, value):
+            seen[key] = self._numpy(value)
+            return value
+
+        self._model.forward(*self._natives(x, t, labels), tap)
+        return seen
+
+    @torch.no_grad()
+    def run_block(self, name, x=None, emb=None, t=None, labels=None):
+        kind, (x, emb, t, labels) = (
+            find_block(self.config, name).kind,
+            self._natives(x, emb, t, labels),
+        )
+        if kind == "time_proj":
+            return self._numpy(self._model.time_table[t])
+        if kind == "emb":
+            return self._numpy(self._model.embed(self._model.time_table[t], labels))
+        if kind == "conv_out":
+            return self._numpy(self._model.head(x))
+        block = self._model.get_submodule(name)
+        return self._numpy(block(x, emb) if kind == "resnet" else block(x))
+
+    def loss_and_grads(self, x0, t, noise, labels=None, drop=None):
+        inputs = self._natives(x0, t, noise, labels, drop)
+        loss, grads = train.loss_and_grads(self._model, self.tables, self.config, *inputs)
+        return float(loss), {key: g.cpu().numpy().copy() for key, g in grads.items()}
+
+    def apply_gradients(self, grads):
+        native = {key: torch.tensor(g, device=self.device) for key, g in grads.items()}
+        train.apply_gradients(self._state, self.config, native)
+
+    def train_step(self, x0, t, noise, labels=None, drop=None):
+        inputs = self._natives(x0, t, noise, labels, drop)
+        return float(train.train_step(self._state, self.tables, self.config, *inputs))
+
+    def fit(self, images, labels, steps, shared_noise=False):
+        """Train for `steps` steps on images [N, H, W, C] and labels [N]; yields each step's loss.
+
+        Native randomness is keyed by (seed, step), so a run goes on where its state stopped.
+        """
+
+        def draws():
+            generator = torch.Generator(self.device)
+            for step in range(self._state.step, self._state.step + steps):
+                if shared_noise:
+                    yield self._natives(*training_draws(self.config, len(images), self.seed, step))
+                else:
+                    generator.manual_seed(self.seed * 2**32 + step)
+                    yield train.draw_batch(self.config, len(images), generator)
+
+        images, labels = self._natives(images, labels)
+        images = images.to(self.dtype)
+        for loss in train.train(self._state, self.tables, self.config, images, labels, draws()):
+            yield float(loss)
+
+    @torch.no_grad()
+    def sample(
+        self, x, noise=None, labels=None, *, method="ddpm", steps=None, eta=0.0, guidance_scale=None
+    ):
+        noise = np.zeros((steps, 1, 1, 1, 1), x.dtype) if noise is None else noise
+        x, noise, labels = self._natives(x, noise, labels)
+        shared = (self._model, self.tables, self.config, x, noise, labels, guidance_scale)
+        if method == "ddpm":
+            return self._numpy(diffusion.sample_ddpm(*shared))
+        return self._numpy(diffusion.sample_ddim(*shared, steps, eta))
+
+    def params(self):
+        return read_params(self._model)
+
+    def state(self):
+        trees = {part: getattr(self._state, part) for part in ("m", "v", "ema")}
+        copies = {
+            part: {k: a.cpu().numpy().copy() for k, a in tree.items()}
+            for part, tree in trees.items()
+        }
+        return {"step": self._state.step, "params": self.params(), **copies}
+
+    def load_state(self, state):
+        load_params(self._model, state["params"])
+        trees = (
+            {key: torch.tensor(a, device=self.device) for key, a in state[part].items()}
+            for part in ("m", "v", "ema")
+        )
+        self._state = train.State(self._model, *trees, step=state["step"])
+
+    def synchronize(self):
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    def describe(self):
+        on_gpu = self.device.type == "cuda"
+        return {
+            "name": name,
+            "framework": f"torch {torch.__version__}",
+            "device": torch.cuda.get_device_name() if on_gpu else "cpu",
+            "mode": self.mode,
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "threads": torch.get_num_threads(),
+        }

@@ -1,0 +1,41 @@
+"""S1: the noise schedule, from betas to the tables that every step reads."""
+
+import torch
+
+
+def make_betas(config):
+    """betas [T] in float64."""
+    if config.schedule == "linear":  # S1
+        return torch.linspace(
+            config.beta_start, config.beta_end, config.timesteps, dtype=torch.float64
+        )
+    u = torch.arange(config.timesteps + 1, dtype=torch.float64) / config.timesteps
+    f = torch.cos((u + 0.008) / 1.008 * torch.pi / 2) ** 2
+    return torch.clamp(1 - f[1:] / f[:-1], max=0.999)
+
+
+def make_schedule(config):
+    """The eleven tables by name, each [T] in float64; they are cast where they are read."""
+    betas = make_betas(config)  # S1
+    alphas = 1 - betas
+    alphas_cumprod = torch.cumprod(alphas, 0)
+    alphas_cumprod_prev = torch.cat([torch.ones(1, dtype=torch.float64), alphas_cumprod[:-1]])
+    noise_part = 1 - alphas_cumprod
+    return {
+        "betas": betas,
+        "alphas": alphas,
+        "alphas_cumprod": alphas_cumprod,
+        "alphas_cumprod_prev": alphas_cumprod_prev,
+        "sqrt_alphas_cumprod": torch.sqrt(alphas_cumprod),
+        "sqrt_one_minus_alphas_cumprod": torch.sqrt(noise_part),
+        "sqrt_recip_alphas_cumprod": torch.sqrt(1 / alphas_cumprod),
+        "sqrt_recipm1_alphas_cumprod": torch.sqrt(noise_part / alphas_cumprod),
+        "posterior_variance": betas * (1 - alphas_cumprod_prev) / noise_part,
+        "posterior_mean_coef1": betas * torch.sqrt(alphas_cumprod_prev) / noise_part,
+        "posterior_mean_coef2": torch.sqrt(alphas) * (1 - alphas_cumprod_prev) / noise_part,
+    }
+
+
+def per_image(values, x):
+    """One value an image, [B] -> [B, 1, 1, 1], cast to the dtype of x."""
+    return values.to(x.dtype).reshape(-1, 1, 1, 1)
