@@ -1,0 +1,160 @@
+"""The second source of the goldens: `spec/reference.py` must give what the oracle gave.
+
+A generator's module. A golden is accepted only where the two agree, forward to 1e-12 relative and
+gradients to 1e-10; `AgreementError` names the case, the tensor and the distance otherwise.
+"""
+
+import numpy as np
+
+from spec import reference
+from spec.cases import Case, golden_normals
+from spec.oracle import Oracle
+from spec.tables import exact_tables
+
+FORWARD = 1e-12  # relative L2
+SCHEDULE = 5e-11  # of each element: float64 loses that much in 1 - alphas_cumprod at T = 4000
+UPDATE = 1e-10  # relative L2, over ten whole steps
+GRADIENT = 1e-10  # of a directional derivative along unit normals, relative to the tensor's norm
+DIRECTIONS = 4  # over all parameters at once; and one for each tensor alone
+Tree = dict[str, np.ndarray]
+
+
+class AgreementError(AssertionError):
+    """The two sources of a golden differ."""
+
+
+def tables_of(case: Case) -> Tree:
+    """The exact tables: what float64 loses in building its own is L0's matter."""
+    return exact_tables(case.full_config)
+
+
+def distance(got: np.ndarray, expected: np.ndarray) -> float:
+    """||got - expected|| / ||expected||, or ||got|| where nothing is expected."""
+    scale = np.linalg.norm(expected)
+    return float(np.linalg.norm(got - expected) / (scale if scale else 1.0))
+
+
+def agreement(case: Case, inputs: dict, params: Tree | None, expected: Tree) -> dict[str, float]:
+    """Kind of comparison -> the largest distance. Raises AgreementError where one is too large."""
+    if case.call == "schedule":
+        found = reference.make_schedule(case.full_config)
+        error = max(
+            float(np.max(np.abs(found[n] - e) / np.where(e == 0, 1, np.abs(e))))
+            for n, e in expected.items()
+        )
+        return _accept(case, "schedule", SCHEDULE, {"table": error})
+    if case.call == "loss_and_grads":
+        loss = reference.loss(case.full_config, tables_of(case), params, **inputs)
+        forward = _accept(case, "forward", FORWARD, {"loss": distance(loss, expected["loss"])})
+        grads = {k.removeprefix("grads/"): v for k, v in expected.items() if k != "loss"}
+        return forward | _accept(
+            case, "gradient", GRADIENT, gradient_distances(case, params, grads, inputs)
+        )
+    if case.call == "train_steps":
+        return _train_steps(case, inputs, params, expected)
+    found = call(case, inputs, params)
+    if list(found) != list(expected):
+        raise AgreementError(f"{case.id}: results {list(found)}, the oracle gave {list(expected)}")
+    distances = {name: distance(found[name], expected[name]) for name in expected}
+    return _accept(case, "forward", FORWARD, distances)
+
+
+def _accept(case: Case, kind: str, limit: float, distances: dict[str, float]) -> dict[str, float]:
+    name, worst = max(distances.items(), key=lambda item: item[1])
+    if not worst <= limit:
+        raise AgreementError(
+            f"{case.id}: {name} of spec/reference.py and of the oracle are {worst:.2g} apart "
+            f"({kind}), allowed is {limit:g}; no golden is written until they agree"
+        )
+    return {kind: worst}
+
+
+def gradient_distances(case: Case, params: Tree, grads: Tree, batch: dict) -> dict[str, float]:
+    """How far the oracle's gradients are from complex-step derivatives of the reference's loss.
+
+    Directions are unit normals, of all parameters and of each tensor alone; a distance is
+    relative to the norm of the gradient of the tensors that move (absolute where that is zero,
+    as the true gradient of to_k.bias is: what autograd gives there is rounding, S8).
+    """
+    config, s = case.full_config, tables_of(case)
+    grads = {n: 0 * g if n.endswith("to_k.bias") else g for n, g in grads.items()}
+    plans = {f"direction {i}": list(params) for i in range(DIRECTIONS)}
+    plans |= {name: [name] for name in params}
+    distances = {}
+    for label, names in plans.items():
+        direction = {n: golden_normals(f"{case.id}:{label}:{n}", params[n].shape) for n in names}
+        found = reference.directional_derivative(config, s, params, direction, batch)
+        expected = sum(float((grads[n] * direction[n]).sum()) for n in names)
+        norm = np.sqrt(sum(float((grads[n] ** 2).sum()) for n in names))
+        distances[label] = abs(found - expected) / (norm if norm else 1.0)
+    return distances
+
+
+def _train_steps(case: Case, inputs: dict, params: Tree, expected: Tree) -> dict[str, float]:
+    """The reference's own updates, on autograd's gradients at the reference's own parameters.
+
+    Those gradients are held to complex-step derivatives at the first and the last step.
+    """
+    config = case.full_config
+    state = reference.initial_state(params)
+    losses, distances, gradients = [], {}, {}
+    steps = len(inputs["t"])
+    for i in range(steps):
+        batch = {name: value[i] for name, value in inputs.items()}
+        losses.append(reference.loss(config, tables_of(case), state["params"], **batch))
+        found = Oracle(config, state["params"]).run("loss_and_grads", batch, {})
+        grads = {n: found[f"grads/{n}"] for n in state["params"]}
+        if i in (0, steps - 1):
+            some = gradient_distances(case, state["params"], grads, batch)
+            gradients |= {f"step {i + 1}, {name}": value for name, value in some.items()}
+        state = reference.update(config, state, grads)
+        if i + 1 in case.options["record"]:
+            for key, value in moved(state, params).items():
+                # What a step makes of to_k.bias, whose gradient is zero, is rounding alone (S8).
+                if not key.endswith("to_k.bias"):
+                    distances[f"{i + 1}/{key}"] = distance(value, expected[f"{i + 1}/{key}"])
+    distances["loss"] = distance(np.array(losses), expected["loss"])
+    return _accept(case, "update", UPDATE, distances) | _accept(
+        case, "gradient", GRADIENT, gradients
+    )
+
+
+def moved(state: dict, before: Tree) -> Tree:
+    """delta, m, v and ema_delta by name."""
+    found = {}
+    for name, start in before.items():
+        found |= {
+            f"delta/{name}": state["params"][name] - start,
+            f"m/{name}": state["m"][name],
+            f"v/{name}": state["v"][name],
+            f"ema_delta/{name}": state["ema"][name] - start,
+        }
+    return found
+
+
+def call(case: Case, inputs: dict, params: Tree | None) -> Tree:
+    """The reference's results of a case without gradients, by key."""
+    config, s, options = case.full_config, tables_of(case), case.options
+    if case.call == "q_sample":
+        return {"out": reference.q_sample(s, **inputs)}
+    if case.call in ("target", "ddpm_step", "ddim_step"):
+        return {"out": getattr(reference, case.call)(config, s, **inputs, **options)}
+    if case.call == "predict_x0_eps":
+        return dict(zip(("x0", "eps"), reference.predict_x0_eps(config, s, **inputs), strict=True))
+    if case.call == "guide":
+        return {"out": reference.guide(**inputs, **options)}
+    if case.call == "run_block":
+        return {"out": reference.run_block(config, params, options["name"], **inputs)}
+    if case.call == "predict":
+        return {"out": reference.predict(config, params, **inputs)}
+    if case.call == "taps":
+        return reference.taps(config, params, **inputs)
+    if case.call == "sample":
+        return {"trajectory": reference.sample(config, s, params, **inputs, **options)}
+    if case.call == "apply_gradients":
+        state = reference.initial_state(params, options.get("step", 0))
+        state |= {part: inputs[part] for part in ("m", "v") if part in inputs}
+        for key in options["sequence"]:
+            state = reference.update(config, state, inputs[f"grads/{key}"])
+        return moved(state, params)
+    raise ValueError(f"{case.id}: unknown call {case.call!r}")

@@ -1,0 +1,358 @@
+"""The golden cases: which calls are made on which inputs, before anything is computed.
+
+A generator's module. Inputs come from the shared stream (S10, purpose "golden", keyed by the
+tensor's name), rounded to float32, so that every dtype sees the same numbers.
+"""
+
+import dataclasses
+import zlib
+from typing import Any
+
+import numpy as np
+
+from spec import tables
+from spec.causes import causes_of
+from spec.config import Config, load_config
+from spec.noise import normals, sampling_noise
+from spec.params import blocks, find_block, parameter_shapes
+
+Tree = dict[str, np.ndarray]
+STRIDE = 7  # coprime to every width of the tiny network
+B = 3  # rows of a batch: neither 1 nor a number of channels, groups, levels or pixels
+
+
+@dataclasses.dataclass
+class Case:
+    """One case as the generator sees it; `expected` is filled in later."""
+
+    id: str
+    clause: str
+    config: str
+    call: str
+    inputs: dict[str, Any]
+    options: dict[str, Any]
+    params: str | None = None
+    replace: dict[str, Any] = dataclasses.field(default_factory=dict)
+    stride: int = 1
+    expected: Tree = dataclasses.field(default_factory=dict)
+    oracle: str = ""
+    shapes: dict[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
+
+    @property
+    def level(self) -> int:
+        return int(self.id[1])
+
+    @property
+    def full_config(self) -> Config:
+        return load_config(self.config).replace(**self.replace)
+
+    @property
+    def causes(self) -> tuple[str, ...]:
+        return causes_of(self.call, self.options, self.full_config)
+
+
+class Inputs:
+    """The input tensors by file stem and key."""
+
+    def __init__(self) -> None:
+        self.files: dict[str, Tree] = {}
+
+    def put(self, stem: str, key: str, value: np.ndarray) -> str:
+        """Store a tensor; gives its reference."""
+        tensors = self.files.setdefault(f"{stem}.inputs", {})
+        if key in tensors:
+            raise ValueError(f"input {stem}.inputs:{key} is made twice")
+        value = np.array(value)
+        if value.dtype.kind == "f":
+            value = value.astype(np.float32).astype(np.float64)
+        tensors[key] = value
+        return f"{stem}.inputs:{key}"
+
+    def put_tree(self, stem: str, prefix: str, tree: Tree) -> str:
+        """Store a tree; gives its reference."""
+        for name, value in tree.items():
+            self.put(stem, f"{prefix}/{name}", value)
+        return f"{stem}.inputs:{prefix}"
+
+    def draw(self, stem: str, key: str, shape: tuple[int, ...], scale=1.0, shift=0.0) -> str:
+        """Store normals of this shape, times scale, plus shift."""
+        return self.put(stem, key, shift + scale * golden_normals(f"{stem}:{key}", shape))
+
+
+def golden_normals(name: str, shape: tuple[int, ...]) -> np.ndarray:
+    """Normals that belong to a name."""
+    return normals(zlib.crc32(name.encode()), "golden", 0, shape)
+
+
+def golden_params(config: Config, name: str) -> Tree:
+    """Random weights that hide nothing: no zero convolution, gamma not 1, beta not 0."""
+    params = {}
+    for key, shape in parameter_shapes(config).items():
+        draw = golden_normals(f"{name}:{key}", shape)
+        module, _, part = key.rpartition(".")
+        if "norm" in module.rpartition(".")[2]:
+            value = 1 + 0.25 * draw if part == "weight" else 0.2 * draw
+        elif module == "class_embedding":
+            value = 0.5 * draw
+        elif part == "bias":
+            value = 0.1 * draw
+        else:
+            value = draw / np.sqrt(np.prod(shape[1:]))
+        params[key] = value
+    return params
+
+
+def _times(config: Config, *middle: float) -> np.ndarray:
+    """Times of a batch: 0, T-1, then these fractions of T."""
+    last = config.timesteps - 1
+    return np.array([0, last, *(int(f * last) for f in middle)])
+
+
+def _batch(inputs: Inputs, config: Config, stem: str, key: str, count: int = 0) -> dict[str, str]:
+    """References of x0, t, noise, labels and drop of one batch, or of `count` of them."""
+    lead = (count,) if count else ()
+    shape = (*lead, B, *config.image_shape)
+    x0 = np.clip(0.7 * golden_normals(f"{stem}:{key}/x0", shape), -1, 1)
+    t = np.stack([np.roll(_times(config, (0.37 + 0.619 * i) % 1), i) for i in range(count or 1)])
+    given = {
+        "x0": inputs.put(stem, f"{key}/x0", x0),
+        "t": inputs.put(stem, f"{key}/t", t if count else t[0]),
+        "noise": inputs.draw(stem, f"{key}/noise", shape),
+    }
+    if config.num_classes:
+        null = config.num_classes
+        labels = np.stack([np.roll([null - 1, null, (2 + i) % null], i) for i in range(count or 1)])
+        drop = np.stack([np.roll([False, False, True], i) for i in range(count or 1)])
+        given["labels"] = inputs.put(stem, f"{key}/labels", labels if count else labels[0])
+        given["drop"] = inputs.put(stem, f"{key}/drop", drop if count else drop[0])
+    return given
+
+
+def golden_cases(inputs: Inputs) -> list[Case]:
+    """Every case of the tiny configs, in the order of the levels."""
+    params = {
+        "tiny": inputs.put_tree("tiny", "params", golden_params(load_config("tiny"), "tiny")),
+        "tiny_uncond": inputs.put_tree(
+            "tiny_uncond", "params", golden_params(load_config("tiny_uncond"), "tiny_uncond")
+        ),
+    }
+    params["tiny_v"] = params["tiny_x0"] = params["tiny"]
+    cases = [
+        Case(f"L0/tiny/{stem}", "S1", "tiny", "schedule", {}, {}, replace=dict(tables.CASES[stem]))
+        for stem in tables.CASES
+    ]
+    for name in params:
+        cases += _step_cases(inputs, name)
+    cases += _layer_cases(inputs, params["tiny"])
+    for name, tree in params.items():
+        cases += _network_cases(inputs, name, tree)
+    for name, tree in params.items():
+        cases.append(
+            Case(
+                f"L4/{name}/loss_and_grads",
+                "S8",
+                name,
+                "loss_and_grads",
+                _batch(inputs, load_config(name), name, "L4"),
+                {},
+                tree,
+                stride=1 if name == "tiny" else STRIDE,
+            )
+        )
+    cases += _update_cases(inputs, params["tiny"])
+    cases += _trajectory_cases(inputs, params)
+    return cases
+
+
+def _step_cases(inputs: Inputs, name: str) -> list[Case]:
+    """L1: everything between the schedule and the network."""
+    config, rows = load_config(name), 5
+    shape = (rows, *config.image_shape)
+    t = inputs.put(name, "L1/t", _times(config, 0.5, 0.07, 0.8))
+    noise = inputs.draw(name, "L1/noise", shape)
+    x0 = inputs.put(name, "L1/x0", np.clip(0.7 * golden_normals(f"{name}:L1/x0", shape), -1, 1))
+    x_t, out = inputs.draw(name, "L1/x_t", shape), inputs.draw(name, "L1/out", shape)
+    clean = {"x0": x0, "t": t, "noise": noise}
+    noisy = {"x_t": x_t, "t": t, "out": out}
+
+    def case(what: str, clause: str, call: str, given: dict, replace=None, **options) -> Case:
+        return Case(f"L1/{name}/{what}", clause, name, call, given, options, replace=replace or {})
+
+    cases = [
+        case("q_sample", "S2", "q_sample", clean),
+        case("target", "S2", "target", clean),
+        case("predict_x0_eps", "S3", "predict_x0_eps", noisy),
+        case("ddpm_step", "S4", "ddpm_step", {**noisy, "noise": noise}),
+    ]
+    other = "large" if config.variance == "small" else "small"
+    cases.append(
+        case(
+            f"ddpm_step_{other}",
+            "S4",
+            "ddpm_step",
+            {**noisy, "noise": noise},
+            {"variance": other},
+        )
+    )
+    turned = {"clip": not config.clip}
+    word = "unclipped" if config.clip else "clipped"
+    cases.append(case(f"predict_x0_eps_{word}", "S3", "predict_x0_eps", noisy, turned))
+    cases.append(case(f"ddpm_step_{word}", "S4", "ddpm_step", {**noisy, "noise": noise}, turned))
+    # Row 0 ends; row 1 takes a long step, row 2 one to t-1, row 3 ends from afar, row 4 to 0.
+    middle = _times(config, 0.5, 0.07, 0.8)
+    t_prev = inputs.put(
+        name, "L1/t_prev", np.array([-1, int(0.6 * config.timesteps), middle[2] - 1, -1, 0])
+    )
+    ddim = {**noisy, "t_prev": t_prev, "noise": noise}
+    for eta in (0.0, 0.5, 1.0):
+        cases.append(case(f"ddim_step_eta{eta:g}", "S5", "ddim_step", ddim, eta=eta))
+    cases.append(case(f"ddim_step_{word}", "S5", "ddim_step", ddim, turned, eta=0.5))
+    if config.num_classes:
+        both = {"out_null": out, "out_label": noise}
+        for scale in (0.0, 1.0, 3.0, -0.5):
+            cases.append(case(f"guide_{scale:g}", "S6", "guide", both, guidance_scale=scale))
+    return cases
+
+
+def _layer_cases(inputs: Inputs, params: str) -> list[Case]:
+    """L2: every block of `tiny` alone, and three of them on inputs of small and shifted spread."""
+    config = load_config("tiny")
+    height, width = config.image_size
+    t = inputs.put("tiny", "L2/t", np.array([0, 1, 500, config.timesteps - 1]))
+    labels = inputs.put("tiny", "L2/labels", np.array([0, config.num_classes, 3, 1]))
+    emb = inputs.draw("tiny", "L2/emb", (B, config.time_width))
+    shared: dict[tuple[int, ...], str] = {}
+
+    def image(name: str) -> tuple[int, ...]:
+        block = find_block(config, name)
+        return B, height >> block.level, width >> block.level, block.in_channels
+
+    def case(name: str, what: str, given: dict) -> Case:
+        clause = "S7"
+        return Case(f"L2/tiny/{what}", clause, "tiny", "run_block", given, {"name": name}, params)
+
+    cases = []
+    for block in blocks(config):
+        if block.kind in ("time_proj", "emb"):
+            named = {"t": t, "labels": labels}
+        else:
+            shape = image(block.name)
+            if shape not in shared:
+                key = "L2/x" + "x".join(map(str, shape[1:]))
+                shared[shape] = inputs.draw("tiny", key, shape, 1.3, 0.2)
+            named = {"x": shared[shape], "emb": emb}
+        cases.append(case(block.name, block.name, {key: named[key] for key in block.inputs}))
+    for name in ("down_blocks.0.resnets.0", "down_blocks.1.attentions.0", "conv_out"):
+        for what, scale, shift in (("sigma_0.01", 0.01, 0.0), ("mean_100", 1.0, 100.0)):
+            x = inputs.draw("tiny", f"L2/{name}_{what}", image(name), scale, shift)
+            given = {"x": x, "emb": emb}
+            given = {key: given[key] for key in find_block(config, name).inputs}
+            cases.append(case(name, f"{name}_{what}", given))
+    return cases
+
+
+def _network_cases(inputs: Inputs, name: str, params: str) -> list[Case]:
+    """L3: the whole network and its taps."""
+    config = load_config(name)
+    given = {
+        "x": inputs.draw(name, "L3/x", (B, *config.image_shape)),
+        "t": inputs.put(name, "L3/t", np.roll(_times(config, 0.43), 1)),
+    }
+    if config.num_classes:
+        given["labels"] = inputs.put(name, "L3/labels", np.array([config.num_classes, 0, 3]))
+    stride = 1 if name == "tiny" else STRIDE
+    return [
+        Case(f"L3/{name}/predict", "S7", name, "predict", given, {}, params),
+        Case(f"L3/{name}/taps", "S7", name, "taps", given, {}, params, stride=stride),
+    ]
+
+
+def _update_cases(inputs: Inputs, params: str) -> list[Case]:
+    """L5: the optimiser on given gradients, and the whole train step."""
+    config = load_config("tiny")
+    shapes = parameter_shapes(config)
+    # Tensors of 1e-8 stand where epsilon does: inside or outside the root, hat or not.
+    small = (1e-3, 1e-6, 1e-3, 1e-7, 1e-8)
+    sizes = {
+        "a": [0.05] * len(shapes),  # norm about 12: clipped
+        "b": [small[i % len(small)] for i in range(len(shapes))],  # norm about 0.2: not clipped
+        "c": [(0.03, 0.001, 1e-5)[i % 3] for i in range(len(shapes))],
+        "m": [0.01] * len(shapes),
+    }
+    trees = {
+        key: inputs.put_tree(
+            "tiny",
+            f"L5/{key}",
+            {
+                name: scale * golden_normals(f"tiny:L5/{key}/{name}", shape)
+                for (name, shape), scale in zip(shapes.items(), scales, strict=True)
+            },
+        )
+        for key, scales in sizes.items()
+    }
+    trees["v"] = inputs.put_tree(
+        "tiny",
+        "L5/v",
+        {n: (0.02 * golden_normals(f"tiny:L5/v/{n}", s)) ** 2 for n, s in shapes.items()},
+    )
+
+    def case(what: str, sequence: str, replace=None, state: tuple[str, ...] = (), **options):
+        given = {f"grads/{key}": trees[key] for key in sorted(set(sequence))}
+        return Case(
+            f"L5/tiny/{what}",
+            "S9",
+            "tiny",
+            "apply_gradients",
+            given | {key: trees[key] for key in state},
+            {"sequence": list(sequence), **options},
+            params,
+            replace=replace or {},
+            stride=STRIDE,
+        )
+
+    return [
+        case("apply_clipped", "a"),
+        case("apply_small", "b"),
+        case("apply_sequence", "abcab"),
+        case("apply_late", "bc", state=("m", "v"), step=5000),
+        case("apply_plain", "a", {"max_grad_norm": 0.0, "warmup": 0}),
+        Case(
+            "L5/tiny/train_steps",
+            "S9",
+            "tiny",
+            "train_steps",
+            _batch(inputs, config, "tiny", "L5/train", 10),
+            {"record": [1, 2, 10]},
+            params,
+            stride=STRIDE,
+        ),
+    ]
+
+
+def _trajectory_cases(inputs: Inputs, params: dict[str, str]) -> list[Case]:
+    """L6: whole trajectories from the shared stream's noise."""
+
+    def case(what: str, name: str, steps: int, labelled: bool, seed: int, **options) -> Case:
+        config = load_config(name)
+        x, noise = sampling_noise(config, B, seed, steps)
+        given = {"x": inputs.put(name, f"L6/{what}/x", x)}
+        if options["method"] == "ddpm" or options.get("eta"):
+            given["noise"] = inputs.put(name, f"L6/{what}/noise", noise)
+        if labelled:
+            given["labels"] = inputs.put(name, f"L6/{what}/labels", np.array([2, 4, 0]))
+        if options["method"] == "ddim":
+            options["steps"] = steps
+        clause = "S4" if options["method"] == "ddpm" else "S5"
+        clause = "S6" if "guidance_scale" in options else clause
+        return Case(f"L6/{name}/{what}", clause, name, "sample", given, options, params[name])
+
+    ddim: dict[str, Any] = {"method": "ddim"}
+    return [
+        case("ddpm", "tiny_uncond", 24, False, 11, method="ddpm"),
+        case("ddim", "tiny", 5, True, 12, **ddim, eta=0.0),
+        case("ddim_guided", "tiny", 7, True, 13, **ddim, eta=0.0, guidance_scale=1.5),
+        case("ddim_guided_eta", "tiny", 7, True, 14, **ddim, eta=0.7, guidance_scale=3.0),
+        case("ddim_eta1", "tiny_v", 6, True, 15, **ddim, eta=1.0),
+        case("ddpm_guided", "tiny_x0", 20, True, 16, method="ddpm", guidance_scale=1.5),
+        case("ddim_every_t", "tiny_x0", 20, True, 17, **ddim, eta=0.0),
+    ]

@@ -1,0 +1,152 @@
+"""What usually makes a golden case fail, most likely first: the traps of SPEC.md by call."""
+
+from spec.config import Config
+from spec.params import find_block
+
+SCHEDULE = (
+    "tables built in float32 instead of float64 (1 - alphas_cumprod is then off by 1e-4 at t=0)",
+    "one beta endpoint left out, or T+1 points between them",
+    "cosine betas not capped at 0.999",
+    "alphas_cumprod_prev does not start with 1",
+)
+CALLS: dict[str, tuple[str, ...]] = {
+    "schedule": SCHEDULE,
+    "q_sample": (
+        "sqrt_alphas_cumprod and sqrt_one_minus_alphas_cumprod swapped",
+        "t gathered along the wrong axis, or one t used for all rows",
+        "tables built in float32 instead of float64",
+    ),
+    "target": (
+        "v with its two terms swapped, or with a plus sign",
+        "prediction ignored: the noise returned for every kind",
+        "t gathered along the wrong axis, or one t used for all rows",
+    ),
+    "predict_x0_eps": (
+        "clip missing, or applied although the config turns it off",
+        "eps not derived again from the clipped x0",
+        "x0 and eps read with the wrong formula for this prediction",
+        "t gathered along the wrong axis, or one t used for all rows",
+    ),
+    "ddpm_step": (
+        "noise added at t=0",
+        "posterior_variance and betas swapped (variance small and large)",
+        "variance used where its square root belongs",
+        "clip missing, or applied although the config turns it off",
+        "posterior_mean_coef1 and posterior_mean_coef2 swapped",
+        "t gathered along the wrong axis, or one t used for all rows",
+    ),
+    "ddim_step": (
+        "the end taken as alphas_cumprod[0] instead of 1",
+        "eta applied to the variance instead of to sigma, or sigma^2 left out of the eps term",
+        "eps not derived again from the clipped x0",
+        "t_prev taken as t-1",
+        "step coefficients computed in float32",
+    ),
+    "guide": (
+        "guidance as label + s*(label - null) instead of null + s*(label - null)",
+        "null and label swapped",
+    ),
+    "predict": (
+        "a block differs: see the taps of this config",
+        "skips concatenated in the wrong order, or [skip, hidden] for [hidden, skip]",
+        "null class is 0 or K-1 instead of K",
+    ),
+    "taps": (
+        "the first block that differs is wrong: see its own L2 case",
+        "a tap recorded before the residual sum, or in the wrong layout",
+        "skips concatenated in the wrong order, or [skip, hidden] for [hidden, skip]",
+    ),
+    "loss_and_grads": (
+        "loss summed, or averaged over the batch only, instead of over all elements",
+        "gradients not zeroed between calls",
+        "dropout mask inverted, or drawn once for the batch",
+        "a forward fault: see L3",
+        "the mean or variance of GroupNorm taken as constant in the backward",
+        "softmax differentiated over the wrong axis",
+    ),
+    "apply_gradients": (
+        "Adam's epsilon inside the root, on v without its bias correction (Keras), or 1e-7",
+        "Adam's step counted from 0 instead of 1, or bias correction left out",
+        "clip by g*min(1, c/(norm + 1e-6)), per tensor, or left out",
+        "warm-up off by one step",
+        "EMA before the update, without min(ema_decay, (1+k)/(10+k)), or with k counted from 1",
+    ),
+    "train_steps": (
+        "a fault in the gradients or the update: see L4 and apply_gradients",
+        "gradients not zeroed between steps",
+        "EMA taken before the update",
+        "a Python scalar (the step count, the learning rate) frozen when the step was traced",
+        "arrays aliased, and changed in place",
+    ),
+}
+BLOCKS: dict[str, tuple[str, ...]] = {
+    "time_proj": (
+        "cos before sin",
+        "half in place of half-1 in the exponent",
+        "t or the angles in low precision",
+    ),
+    "emb": (
+        "null class is 0 or K-1 instead of K",
+        "SiLU missing between the two linears, or added after the second",
+        "the label's embedding added before the linears",
+    ),
+    "conv": (
+        "kernel layout transposed (HWIO for OIHW), or kernel flipped",
+        "input and output channels swapped",
+    ),
+    "resnet": (
+        "GroupNorm epsilon 1e-5 (torch's default) or 1e-3 (Keras') instead of 1e-6",
+        "one-pass variance (Flax's default), or an unbiased one",
+        "groups interleaved instead of contiguous",
+        "epsilon added outside the root",
+        "SiLU missing before time_emb_proj",
+        "kernel layout transposed, or kernel flipped",
+    ),
+    "attention": (
+        "scale 1/C instead of 1/sqrt(C)",
+        "softmax over queries instead of keys",
+        "residual from the normalised input instead of the raw one",
+        "H and W flattened in the wrong order",
+        "GroupNorm epsilon 1e-5 (torch's default) or 1e-3 (Keras') instead of 1e-6",
+        "one-pass variance (Flax's default), or an unbiased one",
+    ),
+    "downsample": (
+        "padding (1, 1) instead of (0, 1): no zeros above and left, one row below and right",
+        "kernel layout transposed, or kernel flipped",
+    ),
+    "upsample": (
+        "pixels tiled (abab) instead of repeated (aabb)",
+        "bilinear instead of nearest",
+        "kernel layout transposed, or kernel flipped",
+    ),
+    "conv_out": (
+        "GroupNorm epsilon 1e-5 (torch's default) or 1e-3 (Keras') instead of 1e-6",
+        "one-pass variance (Flax's default), or an unbiased one",
+        "SiLU missing before the last convolution",
+    ),
+}
+DDPM = ("noise added at t=0", "variance small and large swapped", "times not from T-1 down to 0")
+DDIM = (
+    "DDIM times off by one: never at T-1, or ending at alphas_cumprod[0] instead of 1",
+    "eta or sigma wrong: see the ddim_step cases",
+    "step coefficients computed in float32 (NaN where alphas_cumprod almost vanishes)",
+)
+GUIDED = (
+    "guidance as label + s*(label - null), or applied after the clip",
+    "null class is 0 or K-1 instead of K",
+    "a reused random key, or noise not advanced from step to step",
+)
+
+
+def causes_of(call: str, options: dict, config: Config) -> tuple[str, ...]:
+    """Likely causes of one case's failure."""
+    if call == "run_block":
+        kind = find_block(config, options["name"]).kind
+        return BLOCKS.get(kind, BLOCKS["conv"])
+    if call == "sample":
+        guided = GUIDED if options.get("guidance_scale") is not None else ()
+        return (*(DDPM if options["method"] == "ddpm" else DDIM), *guided)
+    if call == "schedule":
+        kept = (0, 2, 3) if config.schedule == "cosine" else (0, 1, 3)
+        return tuple(SCHEDULE[i] for i in kept)
+    return CALLS[call]
