@@ -2,13 +2,13 @@
 
 import numpy as np
 
-from impl_numpy.schedule import per_image
+from impl_numpy.schedule import gather, per_image
 
 
 def q_sample(tables, x0, t, noise):
     """x_t [B, H, W, C] from x0 and noise of that shape, at times t [B]."""
-    a = per_image(tables["sqrt_alphas_cumprod"][t], x0)  # S2
-    b = per_image(tables["sqrt_one_minus_alphas_cumprod"][t], x0)
+    a = gather(tables["sqrt_alphas_cumprod"], t, x0)  # S2
+    b = gather(tables["sqrt_one_minus_alphas_cumprod"], t, x0)
     return a * x0 + b * noise
 
 
@@ -18,18 +18,18 @@ def target(tables, config, x0, t, noise):
         return noise
     if config.prediction == "x0":
         return x0
-    a = per_image(tables["sqrt_alphas_cumprod"][t], x0)
-    b = per_image(tables["sqrt_one_minus_alphas_cumprod"][t], x0)
+    a = gather(tables["sqrt_alphas_cumprod"], t, x0)
+    b = gather(tables["sqrt_one_minus_alphas_cumprod"], t, x0)
     return a * noise - b * x0
 
 
 def predict_x0_eps(tables, config, x_t, t, out):
     """x0 and eps, both [B, H, W, C], from x_t at times t [B] and the network's output."""
-    a = per_image(tables["sqrt_alphas_cumprod"][t], x_t)  # S3
-    b = per_image(tables["sqrt_one_minus_alphas_cumprod"][t], x_t)
+    a = gather(tables["sqrt_alphas_cumprod"], t, x_t)  # S3
+    b = gather(tables["sqrt_one_minus_alphas_cumprod"], t, x_t)
     if config.prediction == "eps":
-        recip = per_image(tables["sqrt_recip_alphas_cumprod"][t], x_t)
-        recipm1 = per_image(tables["sqrt_recipm1_alphas_cumprod"][t], x_t)
+        recip = gather(tables["sqrt_recip_alphas_cumprod"], t, x_t)
+        recipm1 = gather(tables["sqrt_recipm1_alphas_cumprod"], t, x_t)
         x0, eps = recip * x_t - recipm1 * out, out
     elif config.prediction == "x0":
         x0, eps = out, (x_t - a * out) / b
@@ -44,10 +44,10 @@ def predict_x0_eps(tables, config, x_t, t, out):
 def ddpm_step(tables, config, x_t, t, out, noise):
     """x_{t-1} [B, H, W, C] from x_t at times t [B]; noise has no effect where t = 0."""
     x0, _ = predict_x0_eps(tables, config, x_t, t, out)  # S4
-    coef1 = per_image(tables["posterior_mean_coef1"][t], x_t)
-    coef2 = per_image(tables["posterior_mean_coef2"][t], x_t)
+    coef1 = gather(tables["posterior_mean_coef1"], t, x_t)
+    coef2 = gather(tables["posterior_mean_coef2"], t, x_t)
     variance = tables["posterior_variance" if config.variance == "small" else "betas"]
-    sigma = per_image(np.sqrt(variance[t]), x_t)
+    sigma = gather(np.sqrt(variance), t, x_t)
     return coef1 * x0 + coef2 * x_t + np.where(t.reshape(-1, 1, 1, 1) > 0, sigma * noise, 0)
 
 

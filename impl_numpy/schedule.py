@@ -37,3 +37,8 @@ def make_schedule(config):
 def per_image(values, x):
     """One value an image, [B] -> [B, 1, 1, 1], cast to the dtype of x."""
     return values.astype(x.dtype).reshape(-1, 1, 1, 1)
+
+
+def gather(table, t, x):
+    """The entries of a table [T] at times t [B], as [B, 1, 1, 1] in the dtype of x."""
+    return per_image(table[t], x)
