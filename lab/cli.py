@@ -26,7 +26,12 @@ WINDOW = 50  # steps over which the loss and the speed are averaged
 DDIM_STEPS = 50
 INTERRUPTED = 130  # what a shell reports after Ctrl-C
 
-app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # plain help and errors, the same in a terminal and in a log
+)
 console = Console(highlight=False, soft_wrap=True)
 
 ConfigOption = Annotated[str, typer.Option(help="A config's name, or a .toml file.")]

@@ -55,6 +55,16 @@ FREE: dict[str, Any] = {
     "up_block_types": [UP_ATTENTION, UP_ATTENTION, UP_ATTENTION, UP],
     "num_class_embeds": None,
 }
+# The fields of a Config that make the network.
+NETWORK = (
+    "image_size",
+    "in_channels",
+    "channels",
+    "layers_per_block",
+    "groups",
+    "attention_levels",
+    "num_classes",
+)
 
 
 class FileError(ValueError):
@@ -137,14 +147,16 @@ def from_diffusers(settings: dict[str, Any], base: Config) -> Config:
         problems.append(f"num_class_embeds = {classes!r}, expected classes + 1 (the null label)")
     if problems:
         raise FileError(f"settings that this design does not have: {'; '.join(problems)}")
+    same_order = base.attention_levels  # diffusers' settings do not keep the order
     return base.replace(
         image_size=tuple(size),
         in_channels=free["in_channels"],
         channels=tuple(free["block_out_channels"]),
         layers_per_block=free["layers_per_block"],
         groups=free["norm_num_groups"],
-        attention_levels=tuple(attention),
+        attention_levels=same_order if sorted(same_order) == attention else tuple(attention),
         num_classes=classes - 1 if classes else 0,
+        label_dropout=base.label_dropout if classes else 0.0,
     )
 
 
@@ -191,23 +203,23 @@ def read_settings(path: Path) -> dict[str, Any]:
     return settings
 
 
-def read_run(source: Path, name: str | None) -> tuple[Config, dict[str, np.ndarray]]:
+def read_run(source: Path, config_name: str | None) -> tuple[Config, dict[str, np.ndarray]]:
     """The config and weights of a run's folder or a safetensors file, checked to fit together.
 
-    `name` is a config's name or path; None stands for the folder's own `config.toml`. Where the
-    folder holds a `config.json`, it must describe the same network. Raises FileError, ConfigError
-    or ParameterError.
+    `config_name` is a config's name or path; None stands for the folder's own `config.toml`. Where
+    the folder holds a `config.json`, it must describe the same network. Raises FileError,
+    ConfigError or ParameterError.
     """
     folder = source if source.is_dir() else None
-    if name is None and (folder is None or not (folder / CONFIG).exists()):
+    if config_name is None and (folder is None or not (folder / CONFIG).exists()):
         raise FileError(f"{source} holds no {CONFIG}: name the config that it was made with")
-    config = load_config(folder / CONFIG if folder and name is None else str(name))
+    config = load_config(folder / CONFIG if folder and config_name is None else str(config_name))
     if folder and (folder / SETTINGS).exists():
         found = from_diffusers(read_settings(folder / SETTINGS), config)
         differ = [
-            f"{field.name} = {getattr(found, field.name)}, the config has {value}"
-            for field in dataclasses.fields(config)
-            if getattr(found, field.name) != (value := getattr(config, field.name))
+            f"{name} = {getattr(found, name)}, the config has {getattr(config, name)}"
+            for name in NETWORK
+            if getattr(found, name) != getattr(config, name)
         ]
         if differ:
             raise FileError(

@@ -1,0 +1,144 @@
+"""noxfile.py: what is asked for, what is installed, and that environments are kept."""
+
+import importlib.util
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+REQUIREMENTS = ROOT / "requirements"
+
+
+def load_jobs():
+    spec = importlib.util.spec_from_file_location("jobs", ROOT / "noxfile.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["jobs"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+jobs = load_jobs()
+PRESENT = ["numpy", "torch"]
+
+
+def test_all_backends_by_default():
+    assert jobs.parse(["--accelerator", "cpu"], PRESENT).backends == PRESENT
+    assert jobs.present_backends()[:2] == PRESENT
+
+
+def test_some_backends_and_the_runners_own_options():
+    request = jobs.parse(["torch", "--accelerator=cuda", "--level", "3"], PRESENT)
+    assert request == (["torch"], "cuda", "chosen by --accelerator", ["--level", "3"])
+    assert jobs.parse(["torch", "numpy"], PRESENT).backends == PRESENT
+    assert jobs.parse(["--level", "3", "--accelerator", "cpu"], PRESENT).passed_on == [
+        "--level",
+        "3",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["pytorch"], ["pytorch", "numpy, torch"]),
+        (["numpy", "jax"], ["jax", "numpy, torch"]),
+        (["--accelerator", "tpu"], ["tpu", "cpu or cuda"]),
+        (["--accelerator"], ["cpu or cuda"]),
+        (["--accelerator="], ["cpu or cuda"]),
+    ],
+)
+def test_unknown_names_say_what_is_allowed(arguments, words):
+    with pytest.raises(ValueError, match="unknown") as error:
+        jobs.parse(arguments, PRESENT)
+    assert all(word in str(error.value) for word in words)
+
+
+def accelerator_with(tmp_path, monkeypatch, script):
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text(f"#!/bin/sh\n{script}\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    return jobs.find_accelerator()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="the made-up tool is a shell script")
+def test_the_accelerator_is_what_nvidia_smi_finds(tmp_path, monkeypatch):
+    line = "GPU 0: NVIDIA H200 (UUID: GPU-1234)"
+    found = accelerator_with(tmp_path, monkeypatch, f"echo '{line}'")
+    assert found == ("cuda", "nvidia-smi finds GPU 0: NVIDIA H200")
+    assert accelerator_with(tmp_path, monkeypatch, "exit 9")[0] == "cpu"
+    assert accelerator_with(tmp_path, monkeypatch, "echo No devices were found")[0] == "cpu"
+    (tmp_path / "nvidia-smi").unlink()
+    assert jobs.find_accelerator() == ("cpu", "nvidia-smi is not on this machine")
+
+
+def test_every_backend_has_its_requirements():
+    for name in jobs.ORDER:
+        for accelerator in ("cpu",) if name == "numpy" else jobs.ACCELERATORS:
+            assert (REQUIREMENTS / f"{name}-{accelerator}.txt").exists()
+
+
+def test_every_requirement_is_pinned_and_needed_once():
+    for path in REQUIREMENTS.glob("*.txt"):
+        lines = [
+            line
+            for file in jobs.requirement_files(path)
+            for line in file.read_text("utf-8").splitlines()
+        ]
+        pins = [line.strip() for line in lines if line.strip() and line[0] not in "#-"]
+        assert all(
+            re.fullmatch(r"[A-Za-z0-9_.-]+(\[[a-z0-9-]+\])?==[0-9][^\s]*", pin) for pin in pins
+        )
+        names = [re.split(r"[\[=]", pin)[0] for pin in pins]
+        assert len(names) == len(set(names))
+
+
+def test_a_changed_requirement_changes_the_fingerprint(tmp_path):
+    (tmp_path / "base.txt").write_text("numpy==1\n")
+    (tmp_path / "top.txt").write_text("-r base.txt\nrich==1\n")
+    before = jobs.fingerprint(tmp_path / "top.txt")
+    assert before == jobs.fingerprint(tmp_path / "top.txt")
+    (tmp_path / "base.txt").write_text("numpy==2\n")
+    assert before != jobs.fingerprint(tmp_path / "top.txt")
+
+
+class Session:
+    """Takes the part of nox's session: notes the commands, makes what `venv` would make."""
+
+    def __init__(self):
+        self.commands, self.fail = [], False
+
+    def log(self, text): ...
+
+    warn = log
+
+    def run(self, *command, external):
+        self.commands.append(command)
+        if self.fail and "pip" in command:
+            raise RuntimeError("no network")
+        if "venv" in command:
+            subprocess.run([*command[:-1], "--without-pip", command[-1]], check=True)
+
+
+def test_an_environment_is_kept_until_its_requirements_change(tmp_path, monkeypatch):
+    monkeypatch.setattr(jobs, "ENVIRONMENTS", tmp_path / "environments")
+    monkeypatch.setattr(jobs, "REQUIREMENTS", tmp_path)
+    requirements, session = tmp_path / "small.txt", Session()
+    requirements.write_text("rich==1\n")
+    session.fail = True
+    with pytest.raises(RuntimeError):
+        jobs.environment(session, "small")
+    session.fail = False
+    jobs.environment(session, "small")
+    assert len(session.commands) == 4, "a failed installation is not kept"
+    python = Path(jobs.environment(session, "small"))
+    assert len(session.commands) == 4
+    assert python.exists()
+    left_over = python.parent / "left-over"
+    left_over.touch()
+    requirements.write_text("rich==2\n")
+    jobs.environment(session, "small")
+    assert len(session.commands) == 6
+    assert not left_over.exists()
