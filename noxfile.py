@@ -70,6 +70,8 @@ def parse(arguments: list[str], present: list[str]) -> Request:
                 raise ValueError(
                     f"--accelerator {accelerator!r} is unknown; choose {' or '.join(ACCELERATORS)}"
                 )
+        elif option == "--device":
+            raise ValueError("--device follows from --accelerator; give that one, cpu or cuda")
         elif argument.startswith("-") or passed_on:
             passed_on.append(argument)
         else:
@@ -165,7 +167,9 @@ def conformance(session: nox.Session) -> None:
         accelerator = "cpu" if name == "numpy" else request.accelerator
         python = environment(session, f"{name}-{accelerator}")
         implementations += ["--impl", f"impl_{name}={python}"]
-    command = ["-m", "conformance", "run", *implementations, *request.passed_on]
+    # On "auto" a backend takes the GPU where it can use one; NumPy cannot.
+    device = ["--device", "auto"] if request.accelerator == "cuda" else []
+    command = ["-m", "conformance", "run", *implementations, *device, *request.passed_on]
     session.run(runner, *command, external=True)
 
 

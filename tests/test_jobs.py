@@ -47,10 +47,11 @@ def test_some_backends_and_the_runners_own_options():
         (["--accelerator", "tpu"], ["tpu", "cpu or cuda"]),
         (["--accelerator"], ["cpu or cuda"]),
         (["--accelerator="], ["cpu or cuda"]),
+        (["--device", "cuda"], ["--accelerator", "cpu or cuda"]),
     ],
 )
 def test_unknown_names_say_what_is_allowed(arguments, words):
-    with pytest.raises(ValueError, match="unknown") as error:
+    with pytest.raises(ValueError, match=r"allowed|give|choose") as error:
         jobs.parse(arguments, PRESENT)
     assert all(word in str(error.value) for word in words)
 
