@@ -60,7 +60,9 @@ def parse(arguments: list[str], present: list[str]) -> Request:
 
     Raises ValueError for an unknown backend or accelerator, naming those that are allowed.
     """
-    rest, names, passed_on, accelerator = list(arguments), [], [], None
+    rest, accelerator = list(arguments), None
+    names: list[str] = []
+    passed_on: list[str] = []
     while rest:
         argument = rest.pop(0)
         option, equals, value = argument.partition("=")
@@ -139,7 +141,8 @@ def warn_of_large_torch(session: nox.Session, python: str, requirements: Path) -
     settings = subprocess.run(
         [python, "-m", "pip", "config", "list"], capture_output=True, text=True
     )
-    if "index-url" not in settings.stdout and "find-links" not in settings.stdout:
+    places = [line for line in settings.stdout.splitlines() if not line.endswith("=''")]
+    if not any("index-url=" in line or "find-links=" in line for line in places):
         session.warn(
             "pip knows no index besides its own, whose PyTorch for Linux is the build for CUDA: "
             "it runs on a CPU too, but is several GB. For the small one, stop here, set "
@@ -189,7 +192,7 @@ def goldens(session: nox.Session) -> None:
 
 @nox.session
 def lint(session: nox.Session) -> None:
-    """Check style and types: ruff's rules, its format, and mypy on spec and conformance."""
+    """Check style and types: ruff's rules, its format, and mypy."""
     python = environment(session, "lint")
     session.run(python, "-m", "ruff", "check", external=True)
     session.run(python, "-m", "ruff", "format", "--check", external=True)
