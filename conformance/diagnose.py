@@ -1,0 +1,216 @@
+"""Says what a failure points at: the simple mistake it looks like, the step, the first block."""
+
+import itertools
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from conformance.compare import Finding, euclidean
+from spec.config import Config
+from spec.goldens import Case, Output
+from spec.params import block_shapes, blocks
+
+if TYPE_CHECKING:
+    from conformance.runner import Result
+
+SHARE = 0.01  # of the error may be left where a simple mistake is to explain it
+LISTED = 5  # tensors named in a list
+
+
+def clues(
+    case: Case,
+    findings: Sequence[Finding],
+    results: Mapping[str, np.ndarray],
+    expected: Callable[[Output], np.ndarray],
+) -> list[str]:
+    """Lines on a failed case that only the arrays themselves can tell."""
+    outputs = {output.name: output for output in case.outputs}
+    lines: list[str] = []
+    bad = [finding for finding in findings if finding.problem in ("tolerance", "shape")]
+    if not bad:
+        return lines
+    worst = first_tap(case, findings) or max(bad, key=lambda finding: finding.ratio)
+    output = outputs[worst.output]
+    golden = expected(output).astype(np.float64)
+    got = results[output.name].astype(np.float64)
+    whole = output.stride == 1
+    if whole or worst.problem == "tolerance":
+        likeness = looks_like(got if whole else got.reshape(-1)[:: output.stride], golden, whole)
+        if likeness:
+            lines.append(f"{output.name} {likeness}")
+    if case.call == "sample" and worst.problem == "tolerance":
+        step = _first_step(worst, got, golden, output.stride)
+        lines.append(f"the first step out of tolerance is {step} of {len(got)}")
+    return lines
+
+
+def _first_step(finding: Finding, got: np.ndarray, golden: np.ndarray, stride: int) -> int:
+    """Number, from 1, of the first step of a trajectory that is out of the tolerance.
+
+    golden holds every stride-th element. A step's error stands beside that step's own size.
+    """
+    limits = {measure.norm: measure.tolerance for measure in finding.measures}
+    limit = limits.get("max", limits.get("l2", 0.0))
+    kept = np.arange(0, got.size, stride)
+    step = kept // (got.size // len(got))
+    errors, sizes = np.zeros(len(got)), np.zeros(len(got))
+    np.maximum.at(errors, step, np.abs(got.reshape(-1)[kept] - golden.reshape(-1)))
+    np.maximum.at(sizes, step, np.abs(golden.reshape(-1)))
+    over = errors > limit * sizes
+    return int(np.argmax(over if over.any() else errors)) + 1
+
+
+def looks_like(got: np.ndarray, expected: np.ndarray, whole: bool = True) -> str | None:
+    """How a simple mistake makes `got` of `expected`, or None; it must explain 99 % of the error.
+
+    Both are float64, of any shape; not whole: they are a choice of elements, in a row.
+    """
+    if got.shape != expected.shape:
+        if got.ndim == expected.ndim:
+            for axes in itertools.permutations(range(got.ndim)):
+                turned = expected.transpose(axes)
+                if turned.shape == got.shape and np.allclose(got, turned, rtol=1e-4):
+                    return f"is the expected value with axes in the order {axes}"
+        if got.size == expected.size and np.allclose(got.ravel(), expected.ravel(), rtol=1e-4):
+            return "holds the expected values in another shape"
+        return None
+    error = euclidean(got - expected)
+
+    def explains(guess: np.ndarray) -> bool:
+        return euclidean(got - guess) <= SHARE * error
+
+    if not got.any():
+        return "is zero everywhere"
+    if explains(-expected):
+        return "has the opposite sign"
+    if got.size > 1:
+        power = float(np.sum(expected * expected))
+        factor = float(np.sum(got * expected)) / power if power else 0.0
+        if factor and explains(factor * expected):
+            return f"is {factor:.10g} times the expected value"
+        shift = float(np.mean(got - expected))
+        if explains(expected + shift):
+            return f"is the expected value {'+' if shift > 0 else '-'} {abs(shift):.6g}"
+    for name, guess in _rearranged(expected) if whole else ():
+        if explains(guess):
+            return f"is the expected value {name}"
+    return None
+
+
+def _rearranged(expected: np.ndarray) -> Iterable[tuple[str, np.ndarray]]:
+    for axis in range(expected.ndim):
+        size = expected.shape[axis]
+        if size < 2:
+            continue
+        yield f"reversed along axis {axis}", np.flip(expected, axis)
+        yield f"moved by one along axis {axis}", np.roll(expected, 1, axis)
+        yield f"moved by minus one along axis {axis}", np.roll(expected, -1, axis)
+        if size % 2 == 0 and size > 2:
+            halves = np.roll(expected, size // 2, axis)
+            yield f"with the two halves of axis {axis} exchanged", halves
+    if expected.ndim <= 5:
+        for axes in itertools.permutations(range(expected.ndim)):
+            turned = expected.transpose(axes)
+            if list(axes) != sorted(axes) and turned.shape == expected.shape:
+                yield f"with axes in the order {axes}", turned
+
+
+def first_tap(case: Case, findings: Sequence[Finding]) -> Finding | None:
+    """The first block's tap that is out of tolerance, in the order in which the blocks run."""
+    if case.call != "taps":
+        return None
+    by_name = {finding.output: finding for finding in findings}
+    order = (by_name.get(block.name) for block in blocks(case.config))
+    return next((f for f in order if f and not f.ok and f.problem != "missing"), None)
+
+
+def parameter_blocks(config: Config) -> dict[str, str]:
+    """Parameter -> the block that holds it, in the order in which the blocks run."""
+    return {p: block.name for block in blocks(config) for p in block_shapes(config, block)}
+
+
+def blame(result: "Result", column: Sequence["Result"]) -> tuple[str | None, list[str]]:
+    """The block that a failure points at, if any, and lines that say so.
+
+    `column` holds the results of the same backend and dtype, among them the blocks run alone.
+    """
+    case = result.case
+    if case.call == "run_block":
+        return case.options["name"], ["this block is wrong by itself: its input was golden"]
+    bad = [finding for finding in result.findings if not finding.ok]
+    if case.call == "taps":
+        tap = first_tap(case, result.findings)
+        return (tap.output, [_on_tap(case, tap.output, column)]) if tap else (None, [])
+    if case.call == "loss_and_grads":
+        return _on_gradients(case, bad)
+    if case.call in ("apply_gradients", "train_steps"):
+        return None, _on_state(result.findings)
+    return None, []
+
+
+def _on_tap(case: Case, block: str, column: Sequence["Result"]) -> str:
+    start = f"the first block out of tolerance is {block}; "
+    alone = [
+        other
+        for other in column
+        if other.case.call == "run_block"
+        and other.case.options["name"] == block
+        and other.case.config == case.config
+    ]
+    if not alone:
+        return start + "it was not run alone in this run"
+    if any(other.status == "not implemented" for other in alone):
+        return start + "run_block is not implemented, so it cannot be told from its input"
+    if any(not other.ok for other in alone):
+        return start + "run alone on golden input it is wrong too: look in this block"
+    return (
+        start + "run alone on golden input it is right, so look at what it is given: the output "
+        "of the block before, the skip and its order, emb"
+    )
+
+
+def _on_gradients(case: Case, bad: Sequence[Finding]) -> tuple[str | None, list[str]]:
+    grads = [finding for finding in bad if finding.output.startswith("grads/")]
+    lines = []
+    if any(finding.output == "loss" for finding in bad):
+        lines.append("the loss itself is wrong: look at the forward pass and the mean first")
+    if not grads:
+        return None, lines
+    held = parameter_blocks(case.config)
+    order = {name: i for i, name in enumerate(held)}
+    names = [finding.output.removeprefix("grads/") for finding in grads]
+    known = [name for name in names if name in held]
+    lines.append(f"worst of {len(grads)} gradients: {_worst(grads)}")
+    if not known:
+        return None, lines
+    last = held[max(known, key=order.__getitem__)]
+    lines.append(
+        f"the backward pass comes from the output, and the first block on its way with a wrong "
+        f"gradient is {last}"
+    )
+    return last, lines
+
+
+def _on_state(findings: Sequence[Finding]) -> list[str]:
+    """Which parts of the training state are wrong and which are right, at the first record."""
+    parts: dict[str, list[Finding]] = {}
+    for finding in findings:
+        head = finding.output.split("/")
+        name = head[0] if not head[0].isdigit() else f"{head[1]} after {head[0]}"
+        parts.setdefault(name, []).append(finding)
+    wrong = {name: [f for f in group if not f.ok] for name, group in parts.items()}
+    texts = [f"{name} ({len(bad)} of {len(parts[name])})" for name, bad in wrong.items() if bad]
+    right = [name for name, bad in wrong.items() if not bad]
+    if not texts:
+        return []
+    every = [finding for bad in wrong.values() for finding in bad]
+    return [
+        f"wrong: {', '.join(texts)}; right: {', '.join(right) or 'nothing'}",
+        f"worst: {_worst(every)}",
+    ]
+
+
+def _worst(findings: Sequence[Finding]) -> str:
+    ranked = sorted(findings, key=lambda finding: -finding.ratio)[:LISTED]
+    return ", ".join(f"{finding.output} ({finding.ratio:.3g})" for finding in ranked)

@@ -1,0 +1,357 @@
+"""Runs a case's call on a model and gives its results by key; knows no expected value."""
+
+import dataclasses
+import time
+import traceback
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+from conformance.compare import ARRAY_DTYPES
+from spec.goldens import Case, GoldenError, Goldens
+from spec.params import initial_params, parameter_shapes
+
+Arrays = dict[str, np.ndarray]
+ONE_ARRAY = {
+    **dict.fromkeys(("q_sample", "target", "ddpm_step", "ddim_step", "guide"), "out"),
+    **dict.fromkeys(("run_block", "predict"), "out"),
+    "sample": "trajectory",
+}
+TREES = ("schedule", "taps")
+STATE_PARTS = ("params", "m", "v", "ema")
+
+
+class Fault(Exception):
+    """A model that breaks the protocol; the message names what it did and what is expected."""
+
+
+@dataclasses.dataclass
+class Outcome:
+    """What came of one call."""
+
+    status: str  # done, fault, error, not implemented; from a worker also crashed, timed out
+    results: Arrays = dataclasses.field(default_factory=dict)
+    seconds: float = 0.0
+    message: str = ""
+    trace: str = ""  # of an exception, or the end of what a dead worker wrote to stderr
+
+
+@dataclasses.dataclass
+class _Held:
+    model: Any
+    changed: bool = False  # its training state is no longer that of `open`
+
+
+class Session:
+    """One backend in one column of the matrix; opens a model once for each config and parameters.
+
+    A reference "given:<key>" in a case stands for an entry of `given`, as if it were a golden file.
+    """
+
+    def __init__(
+        self, backend: Any, goldens: Goldens, dtype: str, device: str, mode: str | None = None
+    ) -> None:
+        self.backend, self.goldens, self.dtype = backend, goldens, ARRAY_DTYPES[dtype]
+        self.device, self.mode = device, mode or backend.modes[0]
+        self.describe: dict[str, Any] = {}
+        self._held: dict[tuple, _Held] = {}
+
+    def attempt(self, case: Case, given: Mapping[str, np.ndarray] | None = None) -> Outcome:
+        """Run the case; every exception of the backend becomes part of the Outcome."""
+        start = time.perf_counter()
+        key = (case.config, case.params)
+        try:
+            outcome = Outcome("done", self._run(case, key, given or {}))
+        except NotImplementedError as error:
+            outcome = Outcome("not implemented", message=str(error))
+        except Fault as fault:
+            outcome = Outcome("fault", message=str(fault))
+        except GoldenError:
+            raise
+        except (Exception, SystemExit) as error:
+            message = f"{type(error).__name__}: {error}"
+            outcome = Outcome("error", message=message, trace=trace_of(error))
+        if outcome.status in ("fault", "error") or case.params in GIVEN_PARAMS:
+            self._held.pop(key, None)  # what a failed call left behind must not reach other cases
+        outcome.seconds = time.perf_counter() - start
+        return outcome
+
+    def forget(self) -> None:
+        """Drop every model."""
+        self._held.clear()
+
+    def initial(self, case: Case, given: Mapping[str, np.ndarray]) -> Arrays:
+        """The parameters that the case starts from, in the dtype of the session."""
+        tree = initial_params(case.config, 0) if case.params is None else None
+        tree = self._tree(str(case.params), given) if tree is None else tree
+        return {name: value.astype(self.dtype) for name, value in tree.items()}
+
+    def open(self, case: Case, given: Mapping[str, np.ndarray]) -> Any:
+        """A new model for the case."""
+        params = None if case.params is None else self.initial(case, given)
+        return self.backend.open(
+            case.config, params, seed=0, dtype=self.dtype, device=self.device, mode=self.mode
+        )
+
+    def _tree(self, reference: str, given: Mapping[str, np.ndarray]) -> Arrays:
+        stem, _, prefix = reference.partition(":")
+        if stem != "given":
+            return self.goldens.tree(reference)
+        start = f"{prefix}/"
+        return {k.removeprefix(start): v for k, v in given.items() if k.startswith(start)}
+
+    def _array(self, reference: str, given: Mapping[str, np.ndarray]) -> np.ndarray:
+        stem, _, key = reference.partition(":")
+        value = given[key] if stem == "given" else self.goldens.array(reference)
+        return self._cast(value)
+
+    def _cast(self, value: np.ndarray) -> np.ndarray:
+        return np.array(value, self.dtype if value.dtype.kind == "f" else value.dtype)
+
+    def _run(self, case: Case, key: tuple, given: Mapping[str, np.ndarray]) -> Arrays:
+        held = self._held.get(key)
+        if held is None:
+            held = self._held[key] = _Held(self.open(case, given))
+        elif held.changed:
+            held = self._held[key] = self._reset(case, held, given)
+        model = held.model
+        self.describe = described(model)
+        if case.call == "apply_gradients":
+            held.changed = True
+            return self._apply_gradients(model, case, given)
+        arguments = {name: self._array(ref, given) for name, ref in case.inputs.items()}
+        if case.call == "train_steps":
+            held.changed = True
+            return self._train_steps(model, case, arguments, given)
+        value = guarded(model, case.call, arguments, case.options)
+        return named_results(case.call, value, arguments)
+
+    def _reset(self, case: Case, held: _Held, given: Mapping[str, np.ndarray]) -> _Held:
+        """The same model at its first state, so that what it compiled is kept; or a new one."""
+        start = self.initial(case, given)
+        zeros = {name: np.zeros_like(value) for name, value in start.items()}
+        state: dict[str, Any]
+        state = {"step": 0, "params": start, "m": zeros, "v": zeros, "ema": start}
+        try:
+            method(held.model, "load_state")(_copied(state))
+            now = read_state(held.model, case, self.dtype, 0)
+        except NotImplementedError:
+            return _Held(self.open(case, given))
+        for part in STATE_PARTS:
+            for name, value in now[part].items():
+                if value.tobytes() != state[part][name].tobytes():
+                    raise Fault(
+                        f"load_state, then state: {part}[{name}] is not what was loaded; state "
+                        "must give back every part exactly"
+                    )
+        return _Held(held.model)
+
+    def _apply_gradients(self, model: Any, case: Case, given: Mapping[str, np.ndarray]) -> Arrays:
+        options = dict(case.options)
+        start = self.initial(case, given)
+        first = int(options.get("step", 0))
+        if first or {"m", "v"} & set(case.inputs):
+            zeros = {name: np.zeros_like(value) for name, value in start.items()}
+            m, v = (
+                self._cast_tree(case.inputs[part], given) if part in case.inputs else zeros
+                for part in ("m", "v")
+            )
+            state = {"step": first, "params": start, "m": m, "v": v, "ema": start}
+            method(model, "load_state")(_copied(state))
+        for label in options["sequence"]:
+            grads = self._cast_tree(case.inputs[f"grads/{label}"], given)
+            if guarded(model, "apply_gradients", {"grads": grads}, {}) is not None:
+                raise Fault("apply_gradients gave something back; expected None")
+        state = read_state(model, case, self.dtype, first + len(options["sequence"]))
+        return changes(state, start)
+
+    def _cast_tree(self, reference: str, given: Mapping[str, np.ndarray]) -> Arrays:
+        return {name: self._cast(value) for name, value in self._tree(reference, given).items()}
+
+    def _train_steps(
+        self, model: Any, case: Case, arguments: Arrays, given: Mapping[str, np.ndarray]
+    ) -> Arrays:
+        start, losses, results = self.initial(case, given), [], {}
+        recorded: list[tuple[int, dict, dict]] = []
+        for i in range(len(arguments["x0"])):
+            batch = {name: value[i] for name, value in arguments.items()}
+            losses.append(a_loss("train_step", guarded(model, "train_step", batch, {})))
+            if i + 1 in case.options["record"]:
+                state = read_state(model, case, self.dtype, i + 1)
+                recorded.append((i + 1, state, _copied(state)))
+                for key, value in changes(state, start).items():
+                    results[f"{i + 1}/{key}"] = value
+        for step, state, copy in recorded:
+            for part in STATE_PARTS:
+                for name, value in state[part].items():
+                    if value.tobytes() != copy[part][name].tobytes():
+                        raise Fault(
+                            f"state gave {part}[{name}] after step {step}, and a later step "
+                            "changed that array in place; give copies"
+                        )
+        return {"loss": np.array(losses), **results}
+
+
+GIVEN_PARAMS = ("given:params",)  # differ from call to call, so that no model is kept for them
+
+
+def described(model: Any) -> dict[str, Any]:
+    """What the model says of itself; a describe that fails costs no case its verdict."""
+    try:
+        return dict(method(model, "describe")())
+    except Exception as error:
+        return {"error": f"{type(error).__name__}: {error}"}
+
+
+def method(model: Any, name: str) -> Callable:
+    """The model's method. Raises NotImplementedError where there is none."""
+    found = getattr(model, name, None)
+    if not callable(found):
+        raise NotImplementedError(f"the model has no method {name}")
+    return found
+
+
+def guarded(model: Any, call: str, arguments: dict[str, Any], options: Mapping[str, Any]) -> Any:
+    """The value of a method, after a check that it left its arguments as they were."""
+    run = method(model, call)
+    flat = {name: value for name, value in _flat(arguments)}
+    before = {name: value.tobytes() for name, value in flat.items()}
+    names = {name: list(tree) for name, tree in arguments.items() if isinstance(tree, dict)}
+    value = run(**arguments, **options)
+    for name, array in flat.items():
+        if array.tobytes() != before[name]:
+            raise Fault(f"{call} changed its argument {name}; work on a copy")
+    for name, keys in names.items():
+        if list(arguments[name]) != keys:
+            raise Fault(f"{call} changed its argument {name}: keys came or went; work on a copy")
+    return value
+
+
+def _flat(arguments: Mapping[str, Any]):
+    for name, value in arguments.items():
+        if isinstance(value, dict):
+            for key, leaf in value.items():
+                yield f"{name}[{key}]", leaf
+        else:
+            yield name, value
+
+
+def named_results(call: str, value: Any, arguments: Arrays) -> Arrays:
+    """The results of a call by key. Raises Fault for a value of the wrong kind."""
+    if call in ONE_ARRAY:
+        results = {ONE_ARRAY[call]: an_array(call, value)}
+    elif call == "predict_x0_eps":
+        x0, eps = _pair(call, value, "x0 and eps")
+        results = {
+            "x0": an_array("the x0 of predict_x0_eps", x0),
+            "eps": an_array("the eps of predict_x0_eps", eps),
+        }
+    elif call in TREES:
+        results = a_tree(call, value)
+    elif call == "loss_and_grads":
+        loss, grads = _pair(call, value, "the loss and its gradients")
+        results = {"loss": np.array(a_loss(call, loss))}
+        for name, grad in a_tree("the gradients of loss_and_grads", grads).items():
+            results[f"grads/{name}"] = grad
+    else:
+        raise GoldenError(f"the manifest asks for the call {call!r}, which this suite cannot make")
+    for key, result in results.items():
+        for name, argument in arguments.items():
+            if np.may_share_memory(result, argument):
+                raise Fault(f"{call} gave its own argument {name} as {key}; give a new array")
+    return results
+
+
+def _pair(call: str, value: Any, what: str) -> tuple[Any, Any]:
+    if not isinstance(value, tuple) or len(value) != 2:
+        raise Fault(f"{call} gave {kind_of(value)}; expected a tuple of 2: {what}")
+    return value
+
+
+def an_array(what: str, value: Any) -> np.ndarray:
+    """The value, in native byte order. Raises Fault unless it is a NumPy array of numbers."""
+    if not isinstance(value, np.ndarray):
+        raise Fault(f"{what} gave {kind_of(value)}; expected a NumPy array")
+    if value.dtype.kind not in "biuf" or value.dtype.itemsize > 8:
+        raise Fault(f"{what} gave an array of dtype {value.dtype}; expected floating point numbers")
+    return value.astype(value.dtype.newbyteorder("="), copy=False)
+
+
+def a_tree(what: str, value: Any) -> Arrays:
+    """The value. Raises Fault unless it is a dict of arrays by name."""
+    if not isinstance(value, Mapping) or not all(isinstance(name, str) for name in value):
+        raise Fault(f"{what} gave {kind_of(value)}; expected a dict of NumPy arrays by name")
+    return {name: an_array(f"{what}: {name}", leaf) for name, leaf in value.items()}
+
+
+def a_loss(call: str, value: Any) -> float:
+    """The value as a float. Raises Fault unless it is one already."""
+    if not isinstance(value, (float, np.floating)):
+        raise Fault(f"{call} gave {kind_of(value)} as the loss; expected a float")
+    return float(value)
+
+
+def read_state(model: Any, case: Case, dtype: str, step: int) -> dict[str, Any]:
+    """The model's training state. Raises Fault unless it is whole and counts `step` steps."""
+    state = method(model, "state")()
+    wanted = ("step", *STATE_PARTS)
+    if not isinstance(state, Mapping) or sorted(state) != sorted(wanted):
+        held = ", ".join(map(str, state)) if isinstance(state, Mapping) else kind_of(state)
+        raise Fault(f"state gave {held}; expected a dict of {', '.join(wanted)}")
+    count = state["step"]
+    if isinstance(count, bool) or not isinstance(count, (int, np.integer)) or count != step:
+        raise Fault(f"state gave step {count!r} after {step} steps; expected {step}")
+    shapes = parameter_shapes(case.config)
+    for part in STATE_PARTS:
+        tree = a_tree(f"the {part} of state", state[part])
+        missing, extra = sorted(set(shapes) - set(tree)), sorted(set(tree) - set(shapes))
+        if missing or extra:
+            raise Fault(
+                f"the {part} of state: missing {', '.join(missing) or 'none'}; "
+                f"not a parameter of this config: {', '.join(extra) or 'none'}"
+            )
+        for name, value in tree.items():
+            if value.shape != shapes[name] or value.dtype != dtype:
+                raise Fault(
+                    f"the {part} of state: {name} is {value.dtype} {list(value.shape)}; expected "
+                    f"{dtype} {list(shapes[name])}"
+                )
+    return {"step": int(count), **{part: dict(state[part]) for part in STATE_PARTS}}
+
+
+def changes(state: Mapping[str, Any], start: Arrays) -> Arrays:
+    """The results of a training state: how far params and EMA moved from `start`, m and v."""
+    results: Arrays = {}
+    for name, value in start.items():
+        first = value.astype(np.float64)
+        results[f"delta/{name}"] = state["params"][name].astype(np.float64) - first
+        results[f"ema_delta/{name}"] = state["ema"][name].astype(np.float64) - first
+        results[f"m/{name}"] = state["m"][name].copy()
+        results[f"v/{name}"] = state["v"][name].copy()
+    return results
+
+
+def _copied(state: Mapping[str, Any]) -> dict[str, Any]:
+    trees = {part: {k: v.copy() for k, v in state[part].items()} for part in STATE_PARTS}
+    return {"step": state["step"], **trees}
+
+
+def kind_of(value: Any) -> str:
+    """A few words on what a value is: "a tuple of 3", "a torch.Tensor"."""
+    if value is None:
+        return "None"
+    if isinstance(value, (tuple, list)):
+        return f"a {type(value).__name__} of {len(value)}"
+    kind = type(value)
+    return f"a {kind.__name__}" if kind.__module__ == "builtins" else f"a {_full(kind)}"
+
+
+def _full(kind: type) -> str:
+    return f"{kind.__module__}.{kind.__name__}"
+
+
+def trace_of(error: BaseException) -> str:
+    """The traceback, its middle left out where it is long."""
+    text = "".join(traceback.format_exception(error))
+    return text if len(text) <= 6000 else f"{text[:1500]}\n...\n{text[-4500:]}"

@@ -1,0 +1,307 @@
+"""The suite's side of a worker: starts it, asks it, bounds its time and output, starts it again."""
+
+import collections
+import contextlib
+import dataclasses
+import json
+import os
+import queue
+import signal
+import subprocess
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+from spec.config import Config
+from spec.goldens import Case, GoldenError
+
+ROOT = Path(__file__).resolve().parent.parent
+THREAD_VARIABLES = (
+    "OMP_NUM_THREADS",
+    "OPENBLAS_NUM_THREADS",
+    "MKL_NUM_THREADS",
+    "BLIS_NUM_THREADS",
+    "NUMEXPR_NUM_THREADS",
+    "VECLIB_MAXIMUM_THREADS",
+    "TF_NUM_INTRAOP_THREADS",
+    "TF_NUM_INTEROP_THREADS",
+)
+START_LIMIT = 300.0  # seconds to start an interpreter and import a framework
+GRACE = 5.0  # seconds after a time limit, in which the worker ends itself and tells where it was
+KEPT = 64 * 1024  # bytes of stderr
+
+
+class WorkerDied(Exception):
+    """A worker that ended or did not answer; `status` is "crashed" or "timed out"."""
+
+    def __init__(self, status: str, message: str, stderr: str) -> None:
+        super().__init__(message)
+        self.status, self.message, self.stderr = status, message, stderr
+
+
+class CannotStart(Exception):
+    """A backend that cannot be run here; `usage` where the command line asked for the impossible"""
+
+    def __init__(self, message: str, usage: bool = False) -> None:
+        super().__init__(message)
+        self.usage = usage
+
+
+@dataclasses.dataclass(frozen=True)
+class Impl:
+    """A backend's module, and the interpreter that runs it."""
+
+    name: str
+    python: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Setup:
+    """What all workers of a run have in common."""
+
+    goldens: Path
+    device: str
+    mode: str | None
+    threads: int
+    timeout: float
+    probe: Config  # opened once where a device is asked for by name
+
+
+def environment(dtype: str, setup: Setup) -> dict[str, str]:
+    """The environment of a worker: threads pinned, float64 allowed in JAX, devices as asked."""
+    paths = [os.getcwd(), str(ROOT), os.environ.get("PYTHONPATH", "")]
+    env = {
+        **os.environ,
+        **dict.fromkeys(THREAD_VARIABLES, str(setup.threads)),
+        "PYTHONPATH": os.pathsep.join(dict.fromkeys(path for path in paths if path)),
+        "PYTHONIOENCODING": "utf-8",
+        "JAX_ENABLE_X64": "1" if dtype == "float64" else "0",
+    }
+    if setup.device == "cpu":
+        env["CUDA_VISIBLE_DEVICES"] = ""
+    else:  # the workers of several backends share one device
+        env.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+        env.setdefault("TF_FORCE_GPU_ALLOW_GROWTH", "true")
+    return env
+
+
+class WorkerProcess:
+    """A worker that is started when it is first asked, and again after it has died."""
+
+    def __init__(self, impl: Impl, dtype: str, setup: Setup, folder: Path) -> None:
+        self.impl, self.dtype, self.setup, self.folder = impl, dtype, setup, folder
+        self.hello: dict[str, Any] = {}
+        self.starts = 0  # models and compiled functions are lost from one start to the next
+        self._process: subprocess.Popen[bytes] | None = None
+        self._lines: queue.Queue[bytes | None] = queue.Queue()
+        self._stderr: collections.deque[bytes] = collections.deque()
+        self._drains: list[threading.Thread] = []
+        self._id = 0
+
+    def start(self) -> dict[str, Any]:
+        """Start the process unless it runs, and greet it; gives its answer.
+
+        Raises CannotStart where the backend cannot be imported or the device is not there.
+        """
+        if self._process is not None:
+            return self.hello
+        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            self._process = subprocess.Popen(
+                [self.impl.python, "-m", "conformance.worker"],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                env=environment(self.dtype, self.setup),
+                start_new_session=True,
+            )
+        except OSError as error:
+            raise CannotStart(
+                f"interpreter {self.impl.python} of {self.impl.name} cannot be run "
+                f"({error.strerror}); give the path of a Python",
+                usage=True,
+            ) from error
+        self.starts += 1
+        self._lines, self._stderr = queue.Queue(), collections.deque()
+        self._drains = [
+            threading.Thread(target=drain, args=(self._process, store), daemon=True)
+            for drain, store in ((_read_lines, self._lines), (_read_errors, self._stderr))
+        ]
+        for thread in self._drains:
+            thread.start()
+        setup = self.setup
+        request = {
+            "do": "hello",
+            "backend": self.impl.name,
+            "dtype": self.dtype,
+            "device": setup.device,
+            "mode": setup.mode,
+            "threads": setup.threads,
+            "goldens": str(setup.goldens),
+            "results": str(self.folder),
+            "config": dataclasses.asdict(setup.probe),
+        }
+        try:
+            self.hello = self._exchange(request, max(START_LIMIT, setup.timeout))
+        except WorkerDied as died:
+            tail = f"\n{died.stderr}" if died.stderr else ""
+            raise CannotStart(
+                f"{self.impl.name} {died.status} while it was started: {died.message}{tail}"
+            ) from died
+        if self.hello["status"] != "ready":
+            self.close()
+            raise refusal(self.impl, setup, self.hello)
+        return self.hello
+
+    def ask(self, request: dict[str, Any], timeout: float) -> dict[str, Any]:
+        """The reply to a request. Raises WorkerDied; the next request finds a new process."""
+        try:
+            self.start()
+        except CannotStart as error:
+            raise WorkerDied("crashed", str(error), "") from error
+        reply = self._exchange(request, timeout)
+        if reply.get("status") == "golden error":
+            raise GoldenError(reply["message"])
+        return reply
+
+    def close(self) -> None:
+        """End the process: ask it, then kill it and whatever it has started."""
+        process, self._process = self._process, None
+        if process is None:
+            return
+        with contextlib.suppress(OSError, ValueError, subprocess.TimeoutExpired):
+            assert process.stdin is not None
+            process.stdin.write(b'{"do": "stop"}\n')
+            process.stdin.close()
+            process.wait(2.0)
+        _kill(process)
+        for thread in self._drains:
+            thread.join(1.0)
+
+    def _exchange(self, request: dict[str, Any], timeout: float) -> dict[str, Any]:
+        assert self._process is not None
+        assert self._process.stdin is not None
+        self._id += 1
+        message = json.dumps({"id": self._id, "timeout": timeout, **request}) + "\n"
+        start = time.monotonic()
+        try:
+            self._process.stdin.write(message.encode())
+            self._process.stdin.flush()
+            line = self._lines.get(timeout=timeout + GRACE)
+        except OSError:
+            line = None
+        except queue.Empty:
+            line = None
+        spent = time.monotonic() - start
+        if line is not None:
+            try:
+                reply = json.loads(line)
+                if isinstance(reply, dict) and reply.get("id") == self._id and "status" in reply:
+                    return reply
+            except ValueError:
+                pass
+            line_text = line[:200].decode(errors="replace").strip()
+            raise self._died("crashed", f"its worker answered with no reply: {line_text!r}")
+        if spent >= timeout:
+            raise self._died("timed out", f"no answer within {timeout:g} s")
+        raise self._died("crashed", "")
+
+    def _died(self, status: str, message: str) -> WorkerDied:
+        process, self._process = self._process, None
+        assert process is not None
+        if not message:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(GRACE)
+        code = process.poll()
+        _kill(process)
+        for thread in self._drains:
+            thread.join(1.0)
+        stderr = b"".join(self._stderr).decode(errors="replace")[-4000:].strip()
+        return WorkerDied(status, message or f"its process ended {_ending(code)}", stderr)
+
+
+def refusal(impl: Impl, setup: Setup, reply: dict[str, Any]) -> CannotStart:
+    """The error for a backend that answered `hello` with anything but "ready"."""
+    status, message = reply["status"], reply.get("message", "")
+    if status == "no such module":
+        return CannotStart(
+            f"backend {impl.name!r} is not a module that {impl.python} finds; give "
+            f"{', '.join(shipped()) or 'the name of a module'}, or a module of your own "
+            "in the present folder or on PYTHONPATH",
+            usage=True,
+        )
+    if status == "dependency missing":
+        own = impl.name.startswith("impl_")
+        wanted = f"-r requirements/{impl.name.removeprefix('impl_')}-cpu.txt" if own else None
+        return CannotStart(
+            f"{impl.name} needs {reply['missing']}, which {impl.python} does not have; "
+            f"{impl.python} -m pip install {wanted or reply['missing']}, "
+            f"or name an interpreter that has it: --impl {impl.name}=PATH/TO/python"
+        )
+    if status == "no device":
+        return CannotStart(
+            f"{impl.name} cannot run on --device {setup.device}: {message}. "
+            "Use --device cpu, or a machine with a GPU and a build of the framework for it",
+            usage=True,
+        )
+    if status == "no backend":
+        return CannotStart(f"{message}; a backend is described in spec/backend.py", usage=True)
+    trace = f"\n{reply['trace']}" if reply.get("trace") else ""
+    return CannotStart(f"{impl.name} cannot be imported: {message}{trace}")
+
+
+def shipped() -> list[str]:
+    """Names of the backends in this checkout."""
+    return sorted(path.parent.name for path in ROOT.glob("impl_*/__init__.py"))
+
+
+def case_request(case: Case, given: Path | None = None) -> dict[str, Any]:
+    """The request to run a case: what to call with which inputs, and nothing of what is expected"""
+    entry = {
+        "id": case.id,
+        "config": dataclasses.asdict(case.config),
+        "call": case.call,
+        "params": case.params,
+        "inputs": case.inputs,
+        "options": case.options,
+    }
+    return {"do": "case", "case": entry, "given": str(given) if given else None}
+
+
+def _read_lines(process: subprocess.Popen, lines: queue.Queue) -> None:
+    with contextlib.suppress(ValueError, OSError):
+        for line in process.stdout:  # type: ignore[union-attr]
+            lines.put(line)
+    lines.put(None)
+
+
+def _read_errors(process: subprocess.Popen, kept: collections.deque) -> None:
+    """Read stderr to its end, so that the worker never waits, and keep the last part of it."""
+    size = 0
+    with contextlib.suppress(ValueError, OSError):
+        while chunk := process.stderr.read1(8192):  # type: ignore[union-attr]
+            kept.append(chunk)
+            size += len(chunk)
+            while size > KEPT and len(kept) > 1:
+                size -= len(kept.popleft())
+
+
+def _kill(process: subprocess.Popen) -> None:
+    """Kill the process and every process of its session."""
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        if hasattr(os, "killpg"):
+            os.killpg(process.pid, signal.SIGKILL)
+        else:
+            process.kill()
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(GRACE)
+
+
+def _ending(code: int | None) -> str:
+    if code is None:
+        return "without an exit code"
+    if code < 0:
+        name = signal.Signals(-code).name if -code in set(signal.Signals) else str(-code)
+        return f"by signal {name}"
+    return f"with exit code {code}"

@@ -1,0 +1,359 @@
+"""Chooses cases, runs them on backends, judges the results."""
+
+import dataclasses
+import difflib
+import fnmatch
+import functools
+import math
+import os
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load_file
+
+from conformance import diagnose
+from conformance.compare import ARRAY_DTYPES, Finding, compare_case
+from conformance.execute import Outcome, Session
+from conformance.process import Impl, Setup, WorkerDied, WorkerProcess, case_request
+from spec.goldens import Case, GoldenError, Goldens
+
+
+class UsageError(ValueError):
+    """A request that cannot be carried out; the message names the value, the limit, the remedy."""
+
+
+@dataclasses.dataclass
+class Result:
+    """The verdict on one case of one backend in one dtype."""
+
+    backend: str
+    dtype: str
+    case: Case
+    status: str  # passed, failed, fault, error, not implemented, crashed, timed out
+    seconds: float = 0.0
+    findings: list[Finding] = dataclasses.field(default_factory=list)
+    message: str = ""  # for every status but passed
+    trace: str = ""
+    clues: list[str] = dataclasses.field(default_factory=list)
+    block: str | None = None  # the block that a failure points at
+
+    @property
+    def ok(self) -> bool:
+        return self.status == "passed"
+
+    @property
+    def worst(self) -> Finding | None:
+        """The finding that matters most: for taps the first wrong one, else the worst."""
+        tap = diagnose.first_tap(self.case, self.findings)
+        return tap or max(self.findings, key=lambda finding: finding.ratio, default=None)
+
+    @property
+    def ratio(self) -> float | None:
+        """The largest error / tolerance of the case; None where nothing was compared."""
+        return max((finding.ratio for finding in self.findings), default=None)
+
+
+@dataclasses.dataclass
+class Column:
+    """All verdicts on one backend in one dtype, and what ran there."""
+
+    backend: str
+    dtype: str
+    selected: list[Case]
+    left_out: list[Case] = dataclasses.field(default_factory=list)  # no tolerance for the dtype
+    results: list[Result] = dataclasses.field(default_factory=list)
+    hello: dict[str, Any] = dataclasses.field(default_factory=dict)
+    describe: dict[str, Any] = dataclasses.field(default_factory=dict)
+    versions: dict[str, str] = dataclasses.field(default_factory=dict)
+
+    @property
+    def failures(self) -> list[Result]:
+        """Results that are no pass, by level, then in the manifest's order."""
+        return sorted((r for r in self.results if not r.ok), key=lambda r: r.case.level)
+
+    @property
+    def complete(self) -> bool:
+        """Whether the checked cases are exactly those selected, at least one, each once."""
+        checked = [result.case.id for result in self.results]
+        return bool(checked) and checked == [case.id for case in self.selected]
+
+    @property
+    def ok(self) -> bool:
+        return self.complete and not self.left_out and not self.failures
+
+    def level(self, number: int) -> list[Result]:
+        """The results of one level."""
+        return [result for result in self.results if result.case.level == number]
+
+    @property
+    def reached(self) -> int | None:
+        """The highest level up to which every case that was chosen has passed."""
+        reached = None
+        lacking = {case.level for case in self.left_out}
+        for number in sorted({case.level for case in self.selected} | lacking):
+            if number in lacking or not all(result.ok for result in self.level(number)):
+                break
+            reached = number
+        return reached
+
+
+def parse_impl(text: str, python: str) -> Impl:
+    """The Impl of `module` or `module=interpreter`. Raises UsageError for an empty half."""
+    name, equals, interpreter = text.partition("=")
+    if not name or (equals and not interpreter):
+        raise UsageError(f"--impl {text!r} is not MODULE or MODULE=PATH/TO/python; give one")
+    return Impl(name, interpreter or python)
+
+
+def check_dtypes(dtypes: Sequence[str]) -> list[str]:
+    """The dtypes, each once. Raises UsageError for one that has no column."""
+    for dtype in dtypes:
+        if dtype not in ARRAY_DTYPES:
+            raise UsageError(
+                f"--dtype {dtype!r} is unknown; choose one of {', '.join(ARRAY_DTYPES)}"
+            )
+    return list(dict.fromkeys(dtypes))
+
+
+def check_threads(threads: int | None) -> int:
+    """The number of threads, by default all cores. Raises UsageError for more or fewer."""
+    cores = available_cores()
+    if threads is not None and not 1 <= threads <= cores:
+        raise UsageError(f"--threads {threads} is outside 1..{cores}, the cores available here")
+    return threads or cores
+
+
+def available_cores() -> int:
+    """Cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def select(goldens: Goldens, levels: Sequence[int] = (), globs: Sequence[str] = ()) -> list[Case]:
+    """The cases of these levels whose ids match one of the globs, in the manifest's order.
+
+    Raises UsageError for a level or a glob that matches nothing.
+    """
+    known = sorted({case.level for case in goldens.cases})
+    for level in levels:
+        if level not in known:
+            text = ", ".join(map(str, known)) or "none"
+            raise UsageError(f"--level {level} has no cases; the manifest has levels {text}")
+    chosen = [case for case in goldens.cases if not levels or case.level in levels]
+    for glob in globs:
+        if not any(fnmatch.fnmatchcase(case.id, glob) for case in chosen):
+            ids = [case.id for case in chosen]
+            near = difflib.get_close_matches(glob, ids, 3, 0.3) or ids[:3]
+            raise UsageError(
+                f"--case {glob!r} matches none of {len(ids)} cases"
+                f"{' of these levels' if levels else ''}; "
+                f"ids look like {', '.join(near)}; quote globs such as 'L3/*'"
+            )
+    if globs:
+        chosen = [c for c in chosen if any(fnmatch.fnmatchcase(c.id, glob) for glob in globs)]
+    if not chosen:
+        raise UsageError(f"no case is selected; {goldens.folder / 'manifest.json'} has none")
+    return chosen
+
+
+def in_column(cases: Sequence[Case], dtype: str) -> list[Case]:
+    """The cases that have a tolerance for this dtype.
+
+    Raises GoldenError for a case where only some outputs have one.
+    """
+    chosen = []
+    for case in cases:
+        with_limit = [output for output in case.outputs if output.tolerance.get(dtype)]
+        if with_limit and len(with_limit) != len(case.outputs):
+            without = next(o.name for o in case.outputs if not o.tolerance.get(dtype))
+            raise GoldenError(
+                f"case {case.id} has a {dtype} tolerance for some outputs and none for {without}; "
+                "correct the manifest"
+            )
+        if with_limit or not case.outputs:  # a case without outputs is refused when compared
+            chosen.append(case)
+    return chosen
+
+
+def judge(goldens: Goldens, backend: str, dtype: str, case: Case, outcome: Outcome) -> Result:
+    """The verdict on what came of a call."""
+    result = Result(backend, dtype, case, outcome.status, outcome.seconds, trace=outcome.trace)
+    result.message = outcome.message
+    if outcome.status != "done":
+        return result
+    expected = functools.partial(goldens.expected, case)
+    result.findings = compare_case(case, dtype, outcome.results, expected)
+    bad = [finding for finding in result.findings if not finding.ok]
+    result.status = "failed" if bad else "passed"
+    if bad and result.worst is not None:
+        result.message = result.worst.text
+        result.clues = diagnose.clues(case, result.findings, outcome.results, expected)
+    return result
+
+
+def finish(column: Sequence[Result]) -> None:
+    """Name the blocks that failures point at, once all results of a column are there."""
+    for result in column:
+        if result.status == "failed":
+            result.block, lines = diagnose.blame(result, column)
+            result.clues = [*lines, *result.clues]
+
+
+def check(
+    backend: Any,
+    dtypes: Sequence[str] = ("float64", "float32"),
+    cases: Sequence[str | Case] = (),
+    *,
+    goldens: Goldens | None = None,
+    device: str = "cpu",
+    mode: str | None = None,
+) -> Iterator[Result]:
+    """Run cases (all, those of the globs, or those given) on an imported backend, in this process.
+
+    Yields each Result as it comes, so that the caller may stop at the first failure. There is no
+    time limit, and a crash of the backend is one of the caller. For float64 in JAX, x64 must be on.
+    """
+    goldens = goldens or Goldens()
+    globs = [case for case in cases if isinstance(case, str)]
+    chosen = [case for case in cases if isinstance(case, Case)]
+    if globs or not chosen:
+        chosen += select(goldens, (), globs)
+    for dtype in check_dtypes(dtypes):
+        session = Session(backend, goldens, dtype, device, mode)
+        for case in in_column(chosen, dtype):
+            yield judge(goldens, backend.name, dtype, case, session.attempt(case))
+
+
+def check_backend(
+    backend: Any,
+    dtypes: Sequence[str] = ("float64", "float32"),
+    cases: Sequence[str | Case] = (),
+    *,
+    goldens: Goldens | None = None,
+    device: str = "cpu",
+    mode: str | None = None,
+) -> list[Result]:
+    """All Results of `check`, with the blocks that failures point at. Raises UsageError for none"""
+    results = list(check(backend, dtypes, cases, goldens=goldens, device=device, mode=mode))
+    if not results:
+        raise UsageError(f"no case has a tolerance for {', '.join(dtypes)}; nothing was checked")
+    for dtype in dtypes:
+        finish([result for result in results if result.dtype == dtype])
+    return results
+
+
+@dataclasses.dataclass
+class Plan:
+    """All that a run of the suite over worker processes is asked to do."""
+
+    impls: list[Impl]
+    dtypes: list[str]
+    goldens: Goldens
+    cases: list[Case]
+    setup: Setup
+
+
+class Suite:
+    """The workers of a run, one for each backend and dtype; end them by leaving the `with`."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+        self._folder = tempfile.TemporaryDirectory(prefix="conformance-")
+        self.folder = Path(self._folder.name)
+        self.workers: dict[tuple[str, str], WorkerProcess] = {}
+        self.passed: set[tuple[str, str, int, str]] = set()  # backend, dtype, start, case id
+
+    def __enter__(self) -> "Suite":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for worker in self.workers.values():
+            worker.close()
+        self._folder.cleanup()
+
+    def worker(self, impl: Impl, dtype: str) -> WorkerProcess:
+        """The worker of this backend and dtype."""
+        key = (impl.name, dtype)
+        if key not in self.workers:
+            number = len(self.workers)
+            folder = self.folder / str(number)
+            self.workers[key] = WorkerProcess(impl, dtype, self.plan.setup, folder)
+        return self.workers[key]
+
+    def start(self) -> None:
+        """Start and greet every worker, one after another. Raises CannotStart."""
+        for impl in self.plan.impls:
+            for dtype in self.plan.dtypes:
+                self.worker(impl, dtype).start()
+
+    def ask_case(
+        self, impl: Impl, dtype: str, case: Case, given: dict[str, np.ndarray] | None = None
+    ) -> tuple[Outcome, dict[str, Any]]:
+        """What came of one case in its worker, and the worker's reply."""
+        worker = self.worker(impl, dtype)
+        path = None
+        if given is not None:
+            from safetensors.numpy import save_file
+
+            path = self.folder / "given.safetensors"
+            save_file({k: np.array(v, order="C") for k, v in given.items()}, path)
+        try:
+            reply = worker.ask(case_request(case, path), self.plan.setup.timeout)
+        except WorkerDied as died:
+            seconds = self.plan.setup.timeout if died.status == "timed out" else 0.0
+            return Outcome(died.status, {}, seconds, died.message, died.stderr), {}
+        fields = {key: reply[key] for key in ("seconds", "message", "trace") if key in reply}
+        outcome = Outcome(reply["status"], **fields)
+        if outcome.status == "done":
+            file = worker.folder / Path(reply["file"]).name
+            try:
+                outcome.results = load_file(file)
+            except (OSError, SafetensorError, ValueError) as error:
+                outcome.status = "error"
+                outcome.message = f"the worker's file of results cannot be read: {error}"
+            file.unlink(missing_ok=True)
+        return outcome, reply
+
+    def run_case(self, impl: Impl, dtype: str, case: Case) -> Result:
+        """The verdict on one case."""
+        return self._judged(impl, dtype, case)[0]
+
+    def _judged(self, impl: Impl, dtype: str, case: Case) -> tuple[Result, dict[str, Any]]:
+        outcome, reply = self.ask_case(impl, dtype, case)
+        result = judge(self.plan.goldens, impl.name, dtype, case, outcome)
+        if result.ok:
+            self.passed.add((impl.name, dtype, self.worker(impl, dtype).starts, case.id))
+        return result, reply
+
+    def has_passed(self, impl: Impl, dtype: str, case: Case) -> bool:
+        """Whether the case has passed in the very process that this worker is now."""
+        return (impl.name, dtype, self.worker(impl, dtype).starts, case.id) in self.passed
+
+    def run_column(
+        self, impl: Impl, dtype: str, seen: Callable[[Result], None] = lambda result: None
+    ) -> Column:
+        """Run every selected case on one backend in one dtype; `seen` hears of each verdict."""
+        chosen = in_column(self.plan.cases, dtype)
+        left_out = [case for case in self.plan.cases if case not in chosen]
+        column = Column(impl.name, dtype, chosen, left_out)
+        worker = self.worker(impl, dtype)
+        column.hello = worker.start()
+        column.versions = column.hello.get("versions", {})
+        for case in column.selected:
+            result, reply = self._judged(impl, dtype, case)
+            column.results.append(result)
+            column.describe = reply.get("describe") or column.describe
+            column.versions = reply.get("versions") or column.versions
+            seen(result)
+        finish(column.results)
+        return column
+
+
+def finite(value: float | None) -> float | str | None:
+    """A number for JSON, which has no words of its own for infinity and NaN."""
+    return value if value is None or math.isfinite(value) else str(value)

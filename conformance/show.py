@@ -1,0 +1,213 @@
+"""Prints a run: progress, the matrix, a panel for each failure, tables of timing and of lines."""
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterator, Sequence
+
+from rich.console import Console, Group
+from rich.panel import Panel
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from rich.text import Text
+
+from conformance.lines import ADDED, CORE, Count
+from conformance.reports import (
+    Report,
+    cell,
+    explain,
+    sample_notes,
+    timing_notes,
+    timing_rows,
+    to_json,
+)
+from conformance.runner import Column, Result
+
+PANELS = 5  # printed for each backend; all are in the reports
+PLAIN_WIDTH = 120  # columns where the output is no terminal
+
+
+def console(stderr: bool = False) -> Console:
+    """A console that is plain, and wide enough for tables, where the output is no terminal."""
+    stream = sys.stderr if stderr else sys.stdout
+    width = None if stream.isatty() else PLAIN_WIDTH
+    return Console(stderr=stderr, width=width, highlight=False, soft_wrap=False)
+
+
+class Watch:
+    """Tells what is going on: a bar on a terminal, a line for each step elsewhere."""
+
+    def __init__(self, out: Console) -> None:
+        self.out = out
+
+    @contextlib.contextmanager
+    def column(self, name: str, total: int) -> Iterator[Callable[[Result], None]]:
+        """Follows the cases of one column."""
+        if self.out.is_terminal:
+            with self._bar() as bar:
+                task = bar.add_task(name, total=total, now="")
+                yield lambda result: bar.update(task, advance=1, now=result.case.id)
+            return
+        failed = 0
+
+        def seen(result: Result) -> None:
+            nonlocal failed
+            failed += not result.ok
+
+        self.say(f"{name}: {total} cases ...")
+        yield seen
+        self.say(f"{name}: {f'{failed} not passed' if failed else 'all passed'}")
+
+    @contextlib.contextmanager
+    def steps(self, name: str) -> Iterator[Callable[[str], None]]:
+        """Follows work whose steps say what they are."""
+        if self.out.is_terminal:
+            with self.out.status(name) as status:
+                yield lambda text: status.update(Text(f"{name}: {text}"))
+            return
+        yield lambda text: self.say(f"{name}: {text} ...")
+
+    def say(self, text: str) -> None:
+        """Print a line as it is."""
+        self.out.print(Text(text))
+
+    def _bar(self) -> Progress:
+        return Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=30),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("{task.fields[now]}", markup=False),
+            console=self.out,
+            transient=True,
+        )
+
+
+def matrix(report: Report) -> Table:
+    """Rows are levels, columns backends and dtypes."""
+    columns = to_json(report)["columns"]
+    table = Table(
+        title="Conformance",
+        caption="passed/all, and the worst error as a share of its tolerance",
+    )
+    table.add_column("level")
+    for column in columns:
+        table.add_column(Text(f"{column['backend']}\n{column['dtype']}"), justify="right")
+    for number in sorted({e["level"] for column in columns for e in column["levels"]}):
+        row = [Text(f"L{number}")]
+        for column in columns:
+            entry = next((e for e in column["levels"] if e["level"] == number), None)
+            if entry is None:
+                row.append(Text("-"))
+            else:
+                style = "green" if entry["passed"] == entry["total"] else "bold red"
+                row.append(Text(cell(entry), style))
+        table.add_row(*row)
+    return table
+
+
+def panel(result: Result) -> Panel:
+    """All that is known of one failure."""
+    grid = Table.grid(padding=(0, 2))
+    grid.add_column(style="bold", no_wrap=True)
+    grid.add_column()
+    lines = [line.partition(": ") for line in explain(result)]
+    for i, (label, _, text) in enumerate(lines):
+        again = i and lines[i - 1][0] == label
+        grid.add_row(Text("" if again else label), Text(text))
+    body: list[Table | Text] = [grid]
+    if result.trace:
+        body.append(Text("\n" + "\n".join(result.trace.strip().splitlines()[-12:]), style="dim"))
+    title = Text(f"{result.backend} {result.dtype}  {result.case.id}  {result.status}")
+    return Panel(Group(*body), title=title, border_style="red", title_align="left")
+
+
+def show_report(out: Console, report: Report) -> None:
+    """Print everything that a run found, the verdict last."""
+    for backend in dict.fromkeys(column.backend for column in report.columns):
+        failures = [r for c in report.columns if c.backend == backend for r in c.failures]
+        failures.sort(key=lambda result: result.case.level)
+        for result in failures[:PANELS]:
+            out.print(panel(result))
+        if (more := len(failures) - PANELS) > 0:
+            out.print(Text(f"{backend}: {more} failures more, all in the reports\n"))
+    if report.columns:
+        out.print(matrix(report))
+    for column in report.columns:
+        out.print(verdict(column))
+    if report.timings:
+        head, *rows = timing_rows(report.timings)
+        table = Table(title="Train step, float32")
+        for i, name in enumerate(head):
+            table.add_column(name, justify="left" if i < 2 else "right")
+        for row in rows:
+            table.add_row(*map(Text, row))
+        out.print(table)
+        for line in timing_notes(report.timings):
+            out.print(Text(line))
+    if report.timing_problem:
+        out.print(Text(f"not timed: {report.timing_problem}", "bold red"))
+    if report.samples:
+        for line in sample_notes(report.samples):
+            out.print(Text(line))
+    if report.samples_problem:
+        out.print(Text(f"no samples: {report.samples_problem}", "bold red"))
+    if report.ok:
+        out.print(Text("conformance: passed", "bold green"))
+    else:
+        out.print(Text("conformance: FAILED", "bold red"))
+
+
+def verdict(column: Column) -> Text:
+    """One line on a column: what it passed, and the first clause that differs."""
+    name = f"{column.backend} {column.dtype}"
+    passed = sum(result.ok for result in column.results)
+    if column.ok:
+        return Text(f"{name}: all {passed} cases passed", "green")
+    if not column.complete:
+        return Text(
+            f"{name}: {len(column.results)} of {len(column.selected)} selected cases were checked",
+            "bold red",
+        )
+    if not column.failures:
+        return Text(
+            f"{name}: {passed} cases passed, but {len(column.left_out)} cases have no "
+            f"{column.dtype} tolerance in the manifest and were not checked: "
+            f"{', '.join(case.id for case in column.left_out[:3])} ... (all in the reports)",
+            "bold red",
+        )
+    first = column.failures[0]
+    block = f", block {first.block}" if first.block else ""
+    reached = "no level is" if column.reached is None else f"levels up to L{column.reached} are"
+    return Text(
+        f"{name}: {passed} of {len(column.selected)} cases passed; {reached} reached; "
+        f"the first clause that differs: {first.case.clause} ({first.case.id}, {first.status}"
+        f"{block})",
+        "red",
+    )
+
+
+def lines_table(counts: Sequence[Count]) -> Table:
+    """Lines of code by file, beside their budgets."""
+    table = Table(
+        title="Lines of code",
+        caption="no blank line, comment or docstring; a slash parts a count from its budget",
+    )
+    table.add_column("")
+    for file in (*CORE, "the four", *ADDED):
+        table.add_column(file, justify="right")
+    for count in counts:
+        row = [Text(count.name)]
+        row += [Text(_count(count.files[file])) for file in CORE]
+        row.append(_of(count.core, count.budgets["core"]))
+        row += [_of(count.files[file], count.budgets[file]) for file in ADDED]
+        table.add_row(*row)
+    return table
+
+
+def _count(value: int | None) -> str:
+    return "-" if value is None else str(value)
+
+
+def _of(value: int | None, budget: int) -> Text:
+    over = value is not None and value > budget
+    return Text(f"{_count(value)}/{budget}", "bold red" if over else "")

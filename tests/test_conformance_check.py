@@ -1,0 +1,484 @@
+"""Running cases in this process: verdicts on models that break the protocol, and what is said."""
+
+import dataclasses
+
+import conformance_fakes as fakes
+import numpy as np
+import pytest
+from conformance_fakes import Backend, Fake, case_named, write_goldens
+
+from conformance import UsageError, check, check_backend
+from conformance.diagnose import looks_like
+from conformance.execute import Session
+from conformance.runner import in_column, judge, select
+from spec.goldens import Goldens
+
+
+@pytest.fixture(scope="module")
+def goldens(tmp_path_factory):
+    return Goldens(write_goldens(tmp_path_factory.mktemp("goldens")))
+
+
+def verdict(model_class, goldens, case_id, dtype="float64", then=None):
+    """The Result of one case (after case `then` on the same models)."""
+    session = Session(Backend(model_class), goldens, dtype, "cpu")
+    if then:
+        session.attempt(case_named(goldens, then))
+    case = case_named(goldens, case_id)
+    return judge(goldens, "fake", dtype, case, session.attempt(case))
+
+
+def test_a_right_backend_passes_everything(goldens):
+    results = check_backend(Backend(Fake), goldens=goldens)
+    assert [result.case.id for result in results] == 2 * [case.id for case in goldens.cases]
+    assert {result.dtype for result in results} == {"float64", "float32"}
+    assert all(result.ok for result in results), [r for r in results if not r.ok]
+    assert all(result.ratio <= 1 for result in results)
+
+
+def test_check_yields_as_it_goes(goldens):
+    class Opened(Fake):
+        count = 0
+
+        def __init__(self, *args):
+            type(self).count += 1
+            super().__init__(*args)
+
+    first = next(check(Backend(Opened), ["float64"], goldens=goldens))
+    assert first.case.level == 0
+    assert Opened.count == 1
+
+
+def test_cases_are_chosen_by_glob_or_given(goldens):
+    results = check_backend(Backend(Fake), ["float32"], ["L1/*"], goldens=goldens)
+    assert {result.case.level for result in results} == {1}
+    case = goldens.cases[0]
+    assert [r.case for r in check_backend(Backend(Fake), ["float32"], [case], goldens=goldens)] == [
+        case
+    ]
+    with pytest.raises(UsageError, match="matches none"):
+        check_backend(Backend(Fake), cases=["L9/*"], goldens=goldens)
+    with pytest.raises(UsageError, match="bfloat16"):
+        check_backend(Backend(Fake), ["bfloat16"], goldens=goldens)
+
+
+def test_models_are_kept_and_their_state_is_put_back(goldens):
+    class Counted(Fake):
+        count = 0
+
+        def __init__(self, *args):
+            type(self).count += 1
+            super().__init__(*args)
+
+    results = check_backend(Backend(Counted), ["float64"], goldens=goldens)
+    assert all(result.ok for result in results)
+    assert Counted.count == len({(case.config, case.params) for case in goldens.cases})
+
+
+def test_a_model_that_cannot_load_a_state_is_opened_anew(goldens):
+    class NoLoad(Fake):
+        load_state = None
+
+    results = {r.case.id: r for r in check_backend(Backend(NoLoad), ["float64"], goldens=goldens)}
+    assert results["L5/tiny/train_steps"].ok
+    assert results["L5/tiny/apply_later"].status == "not implemented"
+    assert "load_state" in results["L5/tiny/apply_later"].message
+    assert sum(not result.ok for result in results.values()) == 1
+
+
+# --- models that break the protocol --------------------------------------------------------------
+
+
+class ScalarPredict(Fake):
+    def predict(self, x, t, labels=None):
+        return 1.5
+
+
+class TupleOfThree(Fake):
+    def predict_x0_eps(self, x_t, t, out):
+        return out, out.copy(), 0
+
+
+class ListOfTwo(Fake):
+    def loss_and_grads(self, *args, **more):
+        return list(super().loss_and_grads(*args, **more))
+
+
+class ArrayLoss(Fake):
+    def loss_and_grads(self, *args, **more):
+        loss, grads = super().loss_and_grads(*args, **more)
+        return np.array([loss]), grads
+
+
+class NoLoss(Fake):
+    def train_step(self, *args, **more):
+        super().train_step(*args, **more)
+
+
+class ListsInTree(Fake):
+    def taps(self, *args, **more):
+        return {name: value.tolist() for name, value in super().taps(*args, **more).items()}
+
+
+class ArrayForTree(Fake):
+    def schedule(self):
+        return np.ones(3)
+
+
+class Objects(Fake):
+    def guide(self, *args, **more):
+        return np.array([None])
+
+
+class ChangesX0(Fake):
+    def q_sample(self, x0, t, noise):
+        x0 *= 2
+        return super().q_sample(x0, t, noise)
+
+
+class ChangesGrads(Fake):
+    def apply_gradients(self, grads):
+        grads["conv_in.bias"] *= 0.5
+        super().apply_gradients(grads)
+
+
+class DropsGrads(Fake):
+    def apply_gradients(self, grads):
+        super().apply_gradients(grads)
+        del grads["conv_in.bias"]
+
+
+class GivesItsArgument(Fake):
+    def target(self, x0, t, noise):
+        return noise[::-1][::-1]
+
+
+class AppliesAndReturns(Fake):
+    def apply_gradients(self, grads):
+        super().apply_gradients(grads)
+        return self
+
+
+class CountsWrong(Fake):
+    def state(self):
+        return super().state() | {"step": 0}
+
+
+class LosesAParameter(Fake):
+    def state(self):
+        state = super().state()
+        del state["ema"]["conv_in.bias"]
+        return state
+
+
+class NoEma(Fake):
+    def state(self):
+        state = super().state()
+        del state["ema"]
+        return state
+
+
+class WideState(Fake):
+    def state(self):
+        state = super().state()
+        return state | {"m": {k: v.astype(np.float16) for k, v in state["m"].items()}}
+
+
+class SharedState(Fake):
+    """Gives the arrays that it goes on to change."""
+
+    kept = None
+
+    def state(self):
+        state = super().state()
+        self.kept = self.kept or state
+        for part in ("params", "m", "v", "ema"):
+            for name, value in state[part].items():
+                self.kept[part][name][...] = value
+        self.kept["step"] = state["step"]
+        return self.kept
+
+
+class ForgetsM(Fake):
+    def load_state(self, state):
+        moments = self.now["m"]
+        super().load_state(state)
+        self.now["m"] = moments
+
+
+FAULTS = [
+    (ScalarPredict, "L3/tiny/predict", "predict gave a float; expected a NumPy array"),
+    (TupleOfThree, "L1/tiny/predict_x0_eps", "predict_x0_eps gave a tuple of 3; expected a tuple"),
+    (ListOfTwo, "L4/tiny/grads", "loss_and_grads gave a list of 2; expected a tuple of 2"),
+    (ArrayLoss, "L4/tiny/grads", "gave a numpy.ndarray as the loss; expected a float"),
+    (NoLoss, "L5/tiny/train_steps", "train_step gave None as the loss; expected a float"),
+    (ListsInTree, "L3/tiny/taps", "taps: time_proj gave a list of 3; expected a NumPy array"),
+    (ArrayForTree, "L0/tiny/schedule", "schedule gave a numpy.ndarray; expected a dict"),
+    (Objects, "L1/tiny/guide", "dtype object"),
+    (ChangesX0, "L1/tiny/q_sample", "q_sample changed its argument x0"),
+    (ChangesGrads, "L5/tiny/apply", "changed its argument grads[conv_in.bias]"),
+    (DropsGrads, "L5/tiny/apply", "changed its argument grads: keys came or went"),
+    (GivesItsArgument, "L1/tiny/target", "target gave its own argument noise as out"),
+    (AppliesAndReturns, "L5/tiny/apply", "apply_gradients gave something back"),
+    (CountsWrong, "L5/tiny/apply", "state gave step 0 after 3 steps"),
+    (LosesAParameter, "L5/tiny/apply", "the ema of state: missing conv_in.bias"),
+    (NoEma, "L5/tiny/apply", "state gave step, params, m, v; expected a dict of step"),
+    (WideState, "L5/tiny/train_steps", "is float16 ["),
+    (SharedState, "L5/tiny/train_steps", "a later step changed that array in place"),
+]
+
+
+@pytest.mark.parametrize(("model", "case_id", "text"), FAULTS, ids=[f[0].__name__ for f in FAULTS])
+def test_a_broken_protocol_is_named(goldens, model, case_id, text):
+    result = verdict(model, goldens, case_id)
+    assert result.status == "fault"
+    assert text in result.message
+    assert not result.ok
+
+
+def test_a_state_that_is_not_put_back_is_named(goldens):
+    result = verdict(ForgetsM, goldens, "L5/tiny/train_steps", then="L5/tiny/apply")
+    assert result.status == "fault"
+    assert "load_state, then state: m[" in result.message
+
+
+class Raises(Fake):
+    def predict(self, x, t, labels=None):
+        raise ValueError("no such luck")
+
+
+class Exits(Fake):
+    def predict(self, x, t, labels=None):
+        raise SystemExit(0)
+
+
+class Unfinished(Fake):
+    taps = None
+
+    def predict(self, x, t, labels=None):
+        raise NotImplementedError("later")
+
+
+def test_exceptions_are_verdicts(goldens):
+    result = verdict(Raises, goldens, "L3/tiny/predict")
+    assert (result.status, result.message) == ("error", "ValueError: no such luck")
+    assert "in predict" in result.trace
+    assert verdict(Exits, goldens, "L3/tiny/predict").status == "error"
+    result = verdict(Unfinished, goldens, "L3/tiny/predict")
+    assert (result.status, result.message) == ("not implemented", "later")
+    result = verdict(Unfinished, goldens, "L3/tiny/taps")
+    assert (result.status, result.message) == ("not implemented", "the model has no method taps")
+
+
+def test_a_describe_that_fails_costs_no_verdict(goldens):
+    class Shy(Fake):
+        def describe(self):
+            raise RuntimeError("no")
+
+    assert verdict(Shy, goldens, "L3/tiny/predict").ok
+
+
+# --- numbers that are wrong, and what is said of them --------------------------------------------
+
+
+class NaNStep(Fake):
+    def ddpm_step(self, *args, **more):
+        out = super().ddpm_step(*args, **more)
+        out[1, 2, 3, 0] = np.nan
+        return out
+
+
+class MissingTap(Fake):
+    def taps(self, *args, **more):
+        taps = super().taps(*args, **more)
+        del taps["conv_in"]
+        return taps
+
+
+class ExtraGradient(Fake):
+    def loss_and_grads(self, *args, **more):
+        loss, grads = super().loss_and_grads(*args, **more)
+        return loss, grads | {"conv_in.scale": np.ones(2)}
+
+
+class Float32Always(Fake):
+    def q_sample(self, *args, **more):
+        return super().q_sample(*args, **more).astype(np.float32)
+
+
+@pytest.mark.parametrize(
+    ("model", "case_id", "problem", "output"),
+    [
+        (NaNStep, "L1/tiny/ddpm_step", "not finite", "out"),
+        (MissingTap, "L3/tiny/taps", "missing", "conv_in"),
+        (ExtraGradient, "L4/tiny/grads", "extra", "grads/conv_in.scale"),
+        (Float32Always, "L1/tiny/q_sample", "dtype", "out"),
+    ],
+)
+def test_problems_without_a_size(goldens, model, case_id, problem, output):
+    result = verdict(model, goldens, case_id)
+    assert result.status == "failed"
+    (bad,) = [finding for finding in result.findings if not finding.ok]
+    assert (bad.problem, bad.output) == (problem, output)
+
+
+class SwappedSkips(Fake):
+    """Gives one up block its halves in the wrong order; the block itself is right."""
+
+    def taps(self, x, t, labels=None):
+        taps = super().taps(x, t, labels)
+        names = list(taps)
+        for name in names[names.index("up_blocks.0.resnets.1") :]:
+            taps[name] = taps[name] * 1.5
+        return taps
+
+
+class WrongAttention(SwappedSkips):
+    def run_block(self, name, **inputs):
+        out = super().run_block(name, **inputs)
+        return out * 1.01 if name == "down_blocks.1.attentions.0" else out
+
+    def taps(self, x, t, labels=None):
+        taps = Fake.taps(self, x, t, labels)
+        names = list(taps)
+        for name in names[names.index("down_blocks.1.attentions.0") :]:
+            taps[name] = taps[name] * (1.01 if "conv_out" not in name else 7)
+        return taps
+
+
+def by_id(model, goldens, *globs):
+    results = check_backend(Backend(model), ["float64"], globs, goldens=goldens)
+    return {result.case.id: result for result in results}
+
+
+def test_the_first_wrong_block_is_told_from_one_that_inherits(goldens):
+    results = by_id(WrongAttention, goldens, "L2/*", "L3/*")
+    alone = results["L2/tiny/down_blocks.1.attentions.0"]
+    assert alone.block == "down_blocks.1.attentions.0"
+    assert any("wrong by itself" in clue for clue in alone.clues)
+    taps = results["L3/tiny/taps"]
+    assert taps.block == "down_blocks.1.attentions.0"
+    assert taps.worst.output == "down_blocks.1.attentions.0"  # not conv_out, which is worse
+    assert any("it is wrong too: look in this block" in clue for clue in taps.clues)
+    assert any("1.01 times the expected value" in clue for clue in taps.clues)
+
+
+def test_a_block_that_is_right_alone(goldens):
+    class Inherits(SwappedSkips):
+        def taps(self, x, t, labels=None):
+            taps = Fake.taps(self, x, t, labels)
+            names = list(taps)
+            for name in names[names.index("up_blocks.0.resnets.0") :]:
+                taps[name] = taps[name] + 1
+            return taps
+
+    taps = by_id(Inherits, goldens, "L2/*", "L3/*")["L3/tiny/taps"]
+    assert taps.block == "up_blocks.0.resnets.0"
+    assert any("it is right, so look at what it is given" in clue for clue in taps.clues)
+    taps = by_id(SwappedSkips, goldens, "L2/*", "L3/*")["L3/tiny/taps"]
+    assert taps.block == "up_blocks.0.resnets.1"
+    assert any("not run alone" in clue for clue in taps.clues)
+
+
+def test_gradients_name_the_worst_and_where_the_backward_pass_goes_wrong(goldens):
+    class WrongGradients(Fake):
+        def loss_and_grads(self, *args, **more):
+            loss, grads = super().loss_and_grads(*args, **more)
+            for name in ("conv_in.weight", "mid_block.resnets.0.conv1.weight", "conv_in.bias"):
+                grads[name] = -grads[name]
+            return loss, grads
+
+    result = by_id(WrongGradients, goldens, "L4/*")["L4/tiny/grads"]
+    assert result.block == "mid_block.resnets.0"
+    text = "\n".join(result.clues)
+    assert "worst of 3 gradients: " in text
+    assert "grads/conv_in.weight" in text
+    assert "has the opposite sign" in text
+    assert "the loss itself" not in text
+
+
+def test_a_training_state_tells_its_parts_apart(goldens):
+    class EmaOnly(Fake):
+        def state(self):
+            state = super().state()
+            return state | {"ema": {k: v * 1.01 for k, v in state["ema"].items()}}
+
+    result = verdict(EmaOnly, goldens, "L5/tiny/apply")
+    assert result.status == "failed"
+    result = by_id(EmaOnly, goldens, "L5/tiny/apply")["L5/tiny/apply"]
+    assert "right: delta, m, v" in result.clues[0]
+    assert "wrong: ema_delta (" in result.clues[0]
+
+
+def test_a_trajectory_names_its_first_wrong_step(goldens):
+    class Drifts(Fake):
+        def sample(self, *args, **more):
+            steps = super().sample(*args, **more)
+            steps[2:] += np.random.Generator(np.random.Philox(1)).normal(size=steps[2:].shape)
+            return steps
+
+    result = verdict(Drifts, goldens, "L6/digits/guided")
+    assert "the first step out of tolerance is 3 of 4" in result.clues
+
+
+X = np.random.Generator(np.random.Philox(5)).normal(size=(3, 4, 4, 6))
+
+
+@pytest.mark.parametrize(
+    ("got", "text"),
+    [
+        (-X, "has the opposite sign"),
+        (2 * X, "is 2 times the expected value"),
+        (X + 0.5, "is the expected value + 0.5"),
+        (np.zeros_like(X), "is zero everywhere"),
+        (np.flip(X, 2), "reversed along axis 2"),
+        (np.roll(X, 1, 1), "moved by one along axis 1"),
+        (np.roll(X, -1, 3), "moved by minus one along axis 3"),
+        (np.roll(X, 3, 3), "with the two halves of axis 3 exchanged"),
+        (X.transpose(0, 2, 1, 3), "with axes in the order (0, 2, 1, 3)"),
+        (X.transpose(0, 3, 1, 2), "with axes in the order (0, 3, 1, 2)"),
+        (X.reshape(3, 16, 6), "holds the expected values in another shape"),
+        (X + np.random.Generator(np.random.Philox(6)).normal(size=X.shape), None),
+        (X * 1.0000001, "is 1.0000001 times the expected value"),
+        (X[:2], None),
+        (np.full_like(X, np.pi), None),
+    ],
+)
+def test_likenesses(got, text):
+    likeness = looks_like(got, X)
+    assert likeness is None if text is None else text in likeness
+
+
+def test_selection(goldens):
+    assert [case.level for case in select(goldens, [0, 6])] == [0, 6]
+    assert {case.id for case in select(goldens, [3], ["*taps"])} == {"L3/tiny/taps"}
+    for levels, globs, text in (
+        ([9], [], "--level 9 has no cases; the manifest has levels 0, 1, 2, 3, 4, 5, 6"),
+        ([], ["L3/tiny/tap"], "ids look like L3/tiny/taps"),
+        ([0], ["L3/*"], "matches none of 1 cases of these levels"),
+    ):
+        with pytest.raises(UsageError, match=None) as caught:
+            select(goldens, levels, globs)
+        assert text in str(caught.value)
+
+
+def test_cases_without_a_tolerance_are_left_out_whole_or_refused(goldens):
+    case = case_named(goldens, "L3/tiny/taps")
+    bare = [dataclasses.replace(output, tolerance={}) for output in case.outputs]
+    assert in_column([dataclasses.replace(case, outputs=tuple(bare))], "float64") == []
+    half = (*case.outputs[:3], *bare[3:])
+    with pytest.raises(ValueError, match="for some outputs and none for"):
+        in_column([dataclasses.replace(case, outputs=half)], "float64")
+
+
+def test_an_unknown_call_is_the_manifests_fault(goldens):
+    case = dataclasses.replace(case_named(goldens, "L0/tiny/schedule"), call="describe")
+    session = Session(Backend(Fake), goldens, "float64", "cpu")
+    with pytest.raises(ValueError, match="which this suite cannot make"):
+        session.attempt(case)
+
+
+def test_the_fakes_cover_every_call(goldens):
+    calls = {case.call for case in goldens.cases}
+    assert calls >= {"schedule", "predict", "taps", "train_steps", "apply_gradients", "sample"}
+    assert len(fakes.BLOCKS) == 4
