@@ -1,5 +1,6 @@
 """The command line: `python -m conformance run`, `lines`, `samples`."""
 
+import signal
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -229,4 +230,6 @@ def lines_command(
 
 
 if __name__ == "__main__":
+    # End by an exception, so that workers and temporary files go too.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     app(prog_name="python -m conformance")

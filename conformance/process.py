@@ -232,11 +232,14 @@ def refusal(impl: Impl, setup: Setup, reply: dict[str, Any]) -> CannotStart:
             usage=True,
         )
     if status == "dependency missing":
-        own = impl.name.startswith("impl_")
-        wanted = f"-r requirements/{impl.name.removeprefix('impl_')}-cpu.txt" if own else None
+        wanted = reply["missing"]
+        if impl.name.startswith("impl_"):
+            pinned = f"requirements/{impl.name.removeprefix('impl_')}"
+            cuda = setup.device == "cuda" and (ROOT / f"{pinned}-cuda.txt").is_file()
+            wanted = f"-r {pinned}-{'cuda' if cuda else 'cpu'}.txt"
         return CannotStart(
             f"{impl.name} needs {reply['missing']}, which {impl.python} does not have; "
-            f"{impl.python} -m pip install {wanted or reply['missing']}, "
+            f"{impl.python} -m pip install {wanted}, "
             f"or name an interpreter that has it: --impl {impl.name}=PATH/TO/python"
         )
     if status == "no device":

@@ -91,7 +91,7 @@ def _result(result: Result) -> dict[str, Any]:
         "failures": [_finding(finding) for finding in bad],
         "block": result.block,
         "clues": result.clues,
-        "causes": list(case.causes) if not result.ok else [],
+        "causes": list(case.causes) if result.status == "failed" else [],
     }
 
 
@@ -107,6 +107,7 @@ def _levels(column: Column) -> list[dict[str, Any]]:
                 "level": number,
                 "total": sum(case.level == number for case in chosen),
                 "passed": sum(result.ok for result in results),
+                "not_implemented": sum(r.status == "not implemented" for r in results),
                 "ratio": finite(worst.ratio) if worst else None,
                 "worst_case": worst.case.id if worst else None,
             }
@@ -262,16 +263,17 @@ def explain(result: Result) -> list[str]:
         if worst.reason:
             lines.append(f"tolerance from: {worst.reason}")
     lines += [f"clue: {clue}" for clue in result.clues]
-    if result.status != "not implemented":
+    if result.status == "failed":
         lines += [f"likely cause: {cause}" for cause in case.causes]
     return lines
 
 
 def cell(entry: dict[str, Any]) -> str:
     """One cell of the matrix: passed/total, and the worst error in shares of its tolerance."""
-    ratio = entry["ratio"]
+    ratio, lacking = entry["ratio"], entry["not_implemented"]
     share = "" if ratio is None else f"  {_share(ratio)}"
-    return f"{entry['passed']}/{entry['total']}{share}"
+    note = f"  {lacking} not implemented" if lacking else ""
+    return f"{entry['passed']}/{entry['total']}{share}{note}"
 
 
 def _share(ratio: float | str) -> str:

@@ -163,9 +163,11 @@ def draw(samples: Samples, path: Path) -> None:
         y=1 - 0.12 / figure.get_figheight(),
         va="top",
     )
+    for label, axis in enumerate(axes[0]):
+        axis.set_title(str(label), fontsize=11, pad=4)
     for row, (name, images, share) in zip(axes, rows, strict=True):
         largest = float(images.max())
-        for label, (axis, image) in enumerate(zip(row, images, strict=True)):
+        for axis, image in zip(row, images, strict=True):
             if share is None:
                 axis.imshow(image, cmap="gray", vmin=-1, vmax=1, interpolation="nearest")
             else:
@@ -174,9 +176,10 @@ def draw(samples: Samples, path: Path) -> None:
             axis.set(xticks=[], yticks=[])
             for spine in axis.spines.values():
                 spine.set(linewidth=0.5, color="0.6")
-            if row is axes[0]:
-                axis.set_title(str(label), fontsize=11, pad=4)
-        text = name if share is None else f"|{name}\n - {names[0]}|\nmax {largest:.1e}"
+        text = name
+        if share is not None:
+            verdict = "of" if share <= samples.limit else "OVER"
+            text = f"{name}\nminus {names[0]}\nmax {share:.1e}\n{verdict} {samples.limit:.1e}"
         row[0].text(
             -0.12,
             0.5,

@@ -15,6 +15,7 @@ from conformance.reports import (
     Report,
     cell,
     explain,
+    printable,
     sample_notes,
     timing_notes,
     timing_rows,
@@ -85,10 +86,7 @@ class Watch:
 def matrix(report: Report) -> Table:
     """Rows are levels, columns backends and dtypes."""
     columns = to_json(report)["columns"]
-    table = Table(
-        title="Conformance",
-        caption="passed/all, and the worst error as a share of its tolerance",
-    )
+    table = Table()
     table.add_column("level")
     for column in columns:
         table.add_column(Text(f"{column['backend']}\n{column['dtype']}"), justify="right")
@@ -113,10 +111,11 @@ def panel(result: Result) -> Panel:
     lines = [line.partition(": ") for line in explain(result)]
     for i, (label, _, text) in enumerate(lines):
         again = i and lines[i - 1][0] == label
-        grid.add_row(Text("" if again else label), Text(text))
+        grid.add_row(Text("" if again else label), Text(printable(text)))
     body: list[Table | Text] = [grid]
     if result.trace:
-        body.append(Text("\n" + "\n".join(result.trace.strip().splitlines()[-12:]), style="dim"))
+        tail = "\n".join(result.trace.strip().splitlines()[-12:])
+        body.append(Text(printable(f"\n{tail}"), style="dim"))
     title = Text(f"{result.backend} {result.dtype}  {result.case.id}  {result.status}")
     return Panel(Group(*body), title=title, border_style="red", title_align="left")
 
@@ -131,7 +130,10 @@ def show_report(out: Console, report: Report) -> None:
         if (more := len(failures) - PANELS) > 0:
             out.print(Text(f"{backend}: {more} failures more, all in the reports\n"))
     if report.columns:
+        out.print(Text("passed/all, and the worst error as a share of its tolerance"))
         out.print(matrix(report))
+    for column in {column.backend: column for column in report.columns}.values():
+        out.print(Text(what_ran(column), style="dim"))
     for column in report.columns:
         out.print(verdict(column))
     if report.timings:
@@ -155,6 +157,20 @@ def show_report(out: Console, report: Report) -> None:
         out.print(Text("conformance: passed", "bold green"))
     else:
         out.print(Text("conformance: FAILED", "bold red"))
+
+
+def what_ran(column: Column) -> str:
+    """One line on the framework, mode, device and threads of a backend, as it describes them."""
+    said = [
+        str(column.describe.get(key, default))
+        for key, default in (
+            ("framework", "unknown framework"),
+            ("mode", column.hello.get("mode")),
+            ("device", "unknown device"),
+        )
+    ]
+    threads = column.describe.get("threads", "unknown")
+    return printable(f"{column.backend} ran {', '.join(said)}, threads {threads}")
 
 
 def verdict(column: Column) -> Text:
