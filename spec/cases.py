@@ -9,14 +9,17 @@ import zlib
 from typing import Any
 
 import numpy as np
+from safetensors.numpy import load as parse_safetensors
 
 from spec import tables
 from spec.causes import causes_of
 from spec.config import Config, load_config
+from spec.goldens import SPEC
 from spec.noise import normals, sampling_noise
 from spec.params import blocks, find_block, parameter_shapes
 
 Tree = dict[str, np.ndarray]
+CHECKPOINT = SPEC / "checkpoints" / "digits.safetensors"
 STRIDE = 7  # coprime to every width of the tiny network
 B = 3  # rows of a batch: neither 1 nor a number of channels, groups, levels or pixels
 
@@ -37,6 +40,7 @@ class Case:
     expected: Tree = dataclasses.field(default_factory=dict)
     oracle: str = ""
     shapes: dict[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
+    floors: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
 
     @property
     def level(self) -> int:
@@ -52,7 +56,7 @@ class Case:
 
 
 class Inputs:
-    """The input tensors by file stem and key."""
+    """The input tensors by file stem and key; "checkpoints/digits" holds trained weights."""
 
     def __init__(self) -> None:
         self.files: dict[str, Tree] = {}
@@ -77,6 +81,21 @@ class Inputs:
     def draw(self, stem: str, key: str, shape: tuple[int, ...], scale=1.0, shift=0.0) -> str:
         """Store normals of this shape, times scale, plus shift."""
         return self.put(stem, key, shift + scale * golden_normals(f"{stem}:{key}", shape))
+
+    def array(self, reference: str) -> np.ndarray:
+        """The tensor that a reference names."""
+        stem, _, key = reference.partition(":")
+        return self.files[stem][key]
+
+    def tree(self, reference: str) -> Tree:
+        """Name -> tensor of a tree reference, float64."""
+        stem, _, prefix = reference.partition(":")
+        if stem == "checkpoint":
+            weights = self.files[f"checkpoints/{prefix}"]
+            return {name: value.astype(np.float64) for name, value in weights.items()}
+        start = f"{prefix}/"
+        tensors = self.files[stem].items()
+        return {key.removeprefix(start): v for key, v in tensors if key.startswith(start)}
 
 
 def golden_normals(name: str, shape: tuple[int, ...]) -> np.ndarray:
@@ -129,7 +148,7 @@ def _batch(inputs: Inputs, config: Config, stem: str, key: str, count: int = 0) 
 
 
 def golden_cases(inputs: Inputs) -> list[Case]:
-    """Every case of the tiny configs, in the order of the levels."""
+    """Every case, in the order of the levels; those of digits where its checkpoint is there."""
     params = {
         "tiny": inputs.put_tree("tiny", "params", golden_params(load_config("tiny"), "tiny")),
         "tiny_uncond": inputs.put_tree(
@@ -161,7 +180,10 @@ def golden_cases(inputs: Inputs) -> list[Case]:
         )
     cases += _update_cases(inputs, params["tiny"])
     cases += _trajectory_cases(inputs, params)
-    return cases
+    if CHECKPOINT.exists():
+        inputs.files["checkpoints/digits"] = parse_safetensors(CHECKPOINT.read_bytes())
+        cases += _digits_cases(inputs)
+    return sorted(cases, key=lambda case: case.level)
 
 
 def _step_cases(inputs: Inputs, name: str) -> list[Case]:
@@ -228,8 +250,7 @@ def _layer_cases(inputs: Inputs, params: str) -> list[Case]:
         return B, height >> block.level, width >> block.level, block.in_channels
 
     def case(name: str, what: str, given: dict) -> Case:
-        clause = "S7"
-        return Case(f"L2/tiny/{what}", clause, "tiny", "run_block", given, {"name": name}, params)
+        return Case(f"L2/tiny/{what}", "S7", "tiny", "run_block", given, {"name": name}, params)
 
     cases = []
     for block in blocks(config):
@@ -356,3 +377,42 @@ def _trajectory_cases(inputs: Inputs, params: dict[str, str]) -> list[Case]:
         case("ddpm_guided", "tiny_x0", 20, True, 16, method="ddpm", guidance_scale=1.5),
         case("ddim_every_t", "tiny_x0", 20, True, 17, **ddim, eta=0.0),
     ]
+
+
+def _digits_cases(inputs: Inputs) -> list[Case]:
+    """The trained digits model: network, gradients, two train steps, guided samples."""
+    params, config, stride = "checkpoint:digits", load_config("digits"), 61
+    cases = _network_cases(inputs, "digits", params)
+    cases.append(
+        Case(
+            "L4/digits/loss_and_grads",
+            "S8",
+            "digits",
+            "loss_and_grads",
+            _batch(inputs, config, "digits", "L4"),
+            {},
+            params,
+            stride=stride,
+        )
+    )
+    cases.append(
+        Case(
+            "L5/digits/train_steps",
+            "S9",
+            "digits",
+            "train_steps",
+            _batch(inputs, config, "digits", "L5/train", 2),
+            {"record": [1, 2]},
+            params,
+            stride=stride,
+        )
+    )
+    steps, count = 50, config.num_classes
+    x, _ = sampling_noise(config, count, 0, 0)
+    given = {
+        "x": inputs.put("digits", "L6/x", x),
+        "labels": inputs.put("digits", "L6/labels", np.arange(count)),
+    }
+    options = {"method": "ddim", "steps": steps, "eta": 0.0, "guidance_scale": 1.5}
+    cases.append(Case("L6/digits/ddim_guided", "S6", "digits", "sample", given, options, params))
+    return cases

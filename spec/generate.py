@@ -2,11 +2,14 @@
 
 `python -m spec.generate` writes, `python -m spec.generate --check` compares. Needs torch, diffusers
 and mpmath: the rule that `spec` imports no framework does not hold for this module and for those
-that only it imports (tables, oracle, agree, floor). Source of the method: SPEC.md, "Goldens".
+that only it imports (agree, cases, causes, floor, oracle, tables, tolerance). The method is
+described in SPEC.md under "Goldens".
 """
 
+import concurrent.futures
 import importlib.metadata
 import json
+import multiprocessing
 import platform
 import time
 from pathlib import Path
@@ -19,104 +22,111 @@ from rich.progress import Progress
 from safetensors.numpy import save
 
 from spec import tables
-from spec.agree import AgreementError, agreement
-from spec.cases import Case, Inputs, golden_cases
-from spec.goldens import FORMAT, GOLDENS, Goldens, sha256
+from spec.agree import AgreementError, agreement, distance
+from spec.cases import CHECKPOINT, Case, Inputs, golden_cases
+from spec.floor import SEEDS, floors
+from spec.goldens import FORMAT, GOLDENS, GoldenError, Goldens, sha256
 from spec.oracle import Oracle
+from spec.tolerance import median_floors, part_of, tolerance, vanishes
 
 Tree = dict[str, np.ndarray]
-TABLE_FLOAT32 = 8 * 2.0**-24
-console = Console()
-
-
-def fetch(case: Case, inputs: Inputs) -> tuple[dict[str, Any], Tree | None]:
-    """The arrays and trees that a case's references name, and its parameters."""
-
-    def array(reference: str) -> np.ndarray:
-        stem, _, key = reference.partition(":")
-        return inputs.files[stem][key]
-
-    def tree(reference: str) -> Tree:
-        stem, _, prefix = reference.partition(":")
-        start = f"{prefix}/"
-        files = inputs.files[stem]
-        return {k.removeprefix(start): v for k, v in files.items() if k.startswith(start)}
-
-    trees = case.call == "apply_gradients"
-    given = {key: (tree if trees else array)(ref) for key, ref in case.inputs.items()}
-    return given, tree(case.params) if case.params else None
-
-
-def solve(case: Case, inputs: Inputs) -> dict[str, float]:
-    """Fill in the case's golden outputs; gives how near the two sources came."""
-    given, params = fetch(case, inputs)
-    if case.call == "schedule":
-        results = tables.exact_tables(case.full_config)
-        case.oracle = "mpmath at 50 digits"
-    else:
-        results = Oracle(case.full_config, params).run(case.call, given, case.options)
-        case.oracle = ORACLES.get(case.call, "diffusers UNet2DModel, float64")
-    if case.call == "loss_and_grads":
-        # The true gradient is zero (S8); what autograd gives is rounding.
-        for name in [n for n in results if n.endswith("to_k.bias")]:
-            if np.abs(results[name]).max() > 1e-15:
-                raise AgreementError(f"{case.id}: {name} should vanish")
-            results[name] = np.zeros_like(results[name])
-    if any(not np.isfinite(value).all() for value in results.values()):
-        raise AgreementError(f"{case.id}: the oracle gave numbers that are not finite")
-    apart = agreement(case, given, params, results)
-    case.oracle += "; spec/reference.py within " + ", ".join(
-        f"{value:.0e} ({kind})" for kind, value in apart.items()
-    )
-    case.expected = {
-        name: value.reshape(-1)[:: case.stride] if strided(case, value) else value
-        for name, value in results.items()
-        if not exempt(case, name)
-    }
-    case.shapes = {name: value.shape for name, value in results.items()}
-    return apart
-
-
+WORKERS = 2
+CHUNK = 8  # seeds of one task
+INPUTS_APART = 2.0**-23  # relative: another libm may round a stored normal the other way
+TENSORS_APART = 1e-12  # relative L2
+# A parameter's change is the difference of two near numbers.
+CHANGES_APART = 1e-10
+FLOOR_MARGIN = 2.0  # a recomputed seed may lie this much above the recorded floor
 ORACLES = {
+    "schedule": "mpmath at 50 digits",
     "q_sample": "torch, float64, on mpmath tables",
     "target": "torch, float64, on mpmath tables",
     "guide": "torch, float64",
-    "predict_x0_eps": "diffusers DDPMScheduler, float64, on mpmath tables",
+    "predict_x0_eps": "diffusers DDPMScheduler and torch, float64, on mpmath tables",
     "ddpm_step": "diffusers DDPMScheduler, float64, on mpmath tables",
     "ddim_step": "diffusers DDIMScheduler, float64, on mpmath tables",
+    "run_block": "diffusers UNet2DModel, float64",
+    "predict": "diffusers UNet2DModel, float64",
+    "taps": "diffusers UNet2DModel, float64",
     "loss_and_grads": "diffusers UNet2DModel and torch autograd, float64",
     "apply_gradients": "torch.optim.Adam, float64",
     "train_steps": "diffusers UNet2DModel, torch autograd and torch.optim.Adam, float64",
     "sample": "diffusers UNet2DModel and schedulers, float64",
 }
+console = Console()
 
 
-def exempt(case: Case, name: str) -> bool:
-    """Whether S8 leaves this result out of the comparison."""
-    return case.call == "train_steps" and name.endswith("to_k.bias")
+def fetch(case: Case, inputs: Inputs) -> tuple[dict[str, Any], Tree | None]:
+    """The arrays and trees that a case's references name, and its parameters."""
+    get = inputs.tree if case.call == "apply_gradients" else inputs.array
+    given = {key: get(reference) for key, reference in case.inputs.items()}
+    return given, inputs.tree(case.params) if case.params else None
 
 
-def strided(case: Case, value: np.ndarray) -> bool:
-    """Whether only every case.stride-th element of a result is stored: small ones are whole."""
-    return case.stride > 1 and value.size > 64
-
-
-def tolerance(case: Case, name: str) -> dict[str, dict[str, Any]]:
-    """How near a result must come, by dtype."""
+def solve(case: Case, given: dict[str, Any], params: Tree | None) -> dict[str, float]:
+    """Fill in the case's golden outputs; gives how near the two sources came."""
     if case.call == "schedule":
-        return {
-            "float64": {"each": 1e-10, "reason": "float64 builds come within 2e-11 at T = 4000"},
-            "float32": {
-                "each": TABLE_FLOAT32,
-                "reason": "8 roundings of 2^-24: built in float64 and cast once",
-            },
+        results = tables.exact_tables(case.full_config)
+    else:
+        results = Oracle(case.full_config, params).run(case.call, given, case.options)
+    for name in results:
+        if vanishes(case, name):  # what autograd gives there is rounding
+            if np.abs(results[name]).max() > 1e-14:
+                raise AgreementError(f"{case.id}: {name} should vanish, by S8")
+            results[name] = np.zeros_like(results[name])
+    if any(not np.isfinite(value).all() for value in results.values()):
+        raise AgreementError(f"{case.id}: the oracle gave numbers that are not finite")
+    apart = agreement(case, given, params, results)
+    case.oracle = f"{ORACLES[case.call]}; spec/reference.py"
+    # S8: what a whole step makes of a gradient that is zero but for rounding is not compared.
+    kept = {
+        name: value
+        for name, value in results.items()
+        if not (case.call == "train_steps" and name.endswith("to_k.bias"))
+    }
+    case.shapes = {name: value.shape for name, value in kept.items()}
+    case.expected = {
+        name: value.reshape(-1)[:: case.stride] if case.stride > 1 and value.size > 64 else value
+        for name, value in kept.items()
+    }
+    return apart
+
+
+def measure(cases: list[Case], inputs: Inputs, seeds: range) -> None:
+    """Fill in every case's floors, over these seeds, in parallel processes."""
+    context = multiprocessing.get_context("spawn")
+    measured = [case for case in cases if case.level > 0]
+    chunks = [list(seeds[i : i + CHUNK]) for i in range(0, len(seeds), CHUNK)]
+    with (
+        Progress(console=console) as progress,
+        concurrent.futures.ProcessPoolExecutor(WORKERS, context) as pool,
+    ):
+        task = progress.add_task("noise floors", total=len(measured) * len(chunks))
+        futures = {
+            pool.submit(floors, case, *fetch(case, inputs), chunk): case
+            for case in measured
+            for chunk in chunks
         }
-    if name.startswith("grads/") and name.endswith("to_k.bias"):
-        return {"float64": {"abs": 1e-10, "reason": "the true gradient is zero (S8)"}}
-    exact: dict[str, Any] = {"l2": 1e-10, "reason": "float64, S8 and section Goldens of SPEC.md"}
-    if "delta/" in name:
-        exact |= {"max": 1e-9}
-    return {"float64": exact}
+        for future in concurrent.futures.as_completed(futures):
+            known = futures[future].floors
+            for name, found in future.result().items():
+                before = known.get(name, found)
+                known[name] = {norm: max(before[norm], value) for norm, value in found.items()}
+            progress.advance(task)
+
+
+def solve_all(cases: list[Case], inputs: Inputs) -> None:
+    """Fill in every case's golden outputs. Raises AgreementError; prints how near they came."""
+    worst: dict[tuple[int, str], float] = {}
+    with Progress(console=console) as progress:
+        task = progress.add_task("goldens from two sources", total=len(cases))
+        for case in cases:
+            for kind, value in solve(case, *fetch(case, inputs)).items():
+                key = case.level, kind
+                worst[key] = max(worst.get(key, 0.0), value)
+            progress.advance(task)
+    for (level, kind), value in sorted(worst.items()):
+        console.print(f"L{level} {kind}: the two sources are at most {value:.1e} apart")
 
 
 def versions() -> dict[str, str]:
@@ -127,65 +137,66 @@ def versions() -> dict[str, str]:
     }
 
 
-def manifest_text(cases: list[Case], files: dict[str, bytes]) -> str:
-    """The manifest, one line an output."""
-
-    def line(value: object) -> str:
-        return json.dumps(value, ensure_ascii=False)
-
-    entries = []
+def entries(cases: list[Case]) -> list[dict[str, Any]]:
+    """The `cases` of the manifest."""
+    medians = median_floors(cases)
+    result = []
     for case in cases:
-        head = {"id": case.id, "level": case.level, "clause": case.clause, "config": case.config}
-        head |= {"replace": case.replace} if case.replace else {}
-        head |= {"call": case.call}
-        head |= {"params": case.params} if case.params else {}
-        head |= {"inputs": case.inputs, "options": case.options}
-        parts = [f"   {line(key)}: {line(value)}" for key, value in head.items()]
-        outputs = []
+        entry: dict[str, Any] = {
+            "id": case.id,
+            "level": case.level,
+            "clause": case.clause,
+            "config": case.config,
+        }
+        entry |= {"replace": case.replace} if case.replace else {}
+        entry |= {"call": case.call}
+        entry |= {"params": case.params} if case.params else {}
+        entry |= {"inputs": case.inputs, "options": case.options, "outputs": {}}
         for name, value in case.expected.items():
-            entry = {
+            output = entry["outputs"][name] = {
                 "tensor": f"{case.config}.expected:{case.id}/{name}",
                 "shape": list(case.shapes[name]),
                 "dtype": str(value.dtype),
                 "sha256": sha256(np.ascontiguousarray(value).tobytes()),
             }
             if value.shape != case.shapes[name]:
-                entry["stride"] = case.stride
-            entry["tolerance"] = tolerance(case, name)
-            outputs.append(f"    {line(name)}: {line(entry)}")
-        parts.append('   "outputs": {\n' + ",\n".join(outputs) + "\n   }")
-        parts.append(f'   "causes": {line(case.causes)}')
-        parts.append(f'   "oracle": {line(case.oracle)}')
-        entries.append("  {\n" + ",\n".join(parts) + "\n  }")
-    hashes = {stem: sha256(data) for stem, data in sorted(files.items())}
+                output["stride"] = case.stride
+            output["tolerance"] = tolerance(case, name, medians)
+            if name in case.floors:
+                output["floor"] = case.floors[name]
+        entry |= {"causes": list(case.causes), "oracle": case.oracle}
+        result.append(entry)
+    return result
+
+
+def manifest_text(cases: list[Case], files: dict[str, str]) -> str:
+    """The manifest as JSON, one line an output."""
+
+    def line(value: object) -> str:
+        return json.dumps(value, ensure_ascii=False)
+
+    blocks = []
+    for entry in entries(cases):
+        parts = []
+        for key, value in entry.items():
+            text = line(value)
+            if key == "outputs":
+                rows = [f"    {line(name)}: {line(output)}" for name, output in value.items()]
+                text = "{\n" + ",\n".join(rows) + "\n   }"
+            parts.append(f"   {line(key)}: {text}")
+        blocks.append("  {\n" + ",\n".join(parts) + "\n  }")
+    hashes = ",\n".join(f"  {line(stem)}: {line(digest)}" for stem, digest in sorted(files.items()))
     return (
         "{\n"
         f' "format": {FORMAT},\n "made_with": {line(versions())},\n'
-        f' "files": {json.dumps(hashes, indent=2)},\n'
-        ' "cases": [\n' + ",\n".join(entries) + "\n ]\n}\n"
+        f' "files": {{\n{hashes}\n }},\n'
+        ' "cases": [\n' + ",\n".join(blocks) + "\n ]\n}\n"
     )
 
 
-def build() -> tuple[Inputs, list[Case]]:
-    """All cases with their golden outputs. Raises AgreementError."""
-    inputs = Inputs()
-    cases = golden_cases(inputs)
-    worst: dict[tuple[int, str], float] = {}
-    with Progress(console=console) as progress:
-        task = progress.add_task("goldens", total=len(cases))
-        for case in cases:
-            for kind, value in solve(case, inputs).items():
-                key = case.level, kind
-                worst[key] = max(worst.get(key, 0.0), value)
-            progress.advance(task)
-    for (level, kind), value in sorted(worst.items()):
-        console.print(f"L{level} {kind}: the two sources are at most {value:.1e} apart")
-    return inputs, cases
-
-
 def tensors_of(inputs: Inputs, cases: list[Case]) -> dict[str, Tree]:
-    """File stem -> key -> tensor, inputs and expected."""
-    files = dict(inputs.files)
+    """File stem -> key -> tensor, inputs and expected, without the checkpoint."""
+    files = {k: v for k, v in inputs.files.items() if not k.startswith("checkpoints/")}
     for case in cases:
         file = files.setdefault(f"{case.config}.expected", {})
         file |= {f"{case.id}/{name}": value for name, value in case.expected.items()}
@@ -193,38 +204,143 @@ def tensors_of(inputs: Inputs, cases: list[Case]) -> dict[str, Tree]:
 
 
 def write(folder: Path) -> None:
-    """Write tables, tensors and manifest."""
+    """Write tables, tensors and manifest. Raises AgreementError, and then writes no golden."""
     tables.SCHEDULES.mkdir(exist_ok=True)
     for stem in tables.CASES:
         (tables.SCHEDULES / f"{stem}.csv").write_text(tables.csv_text(stem), encoding="ascii")
-    inputs, cases = build()
+    inputs = Inputs()
+    cases = golden_cases(inputs)
+    solve_all(cases, inputs)
+    measure(cases, inputs, range(SEEDS))
     folder.mkdir(exist_ok=True)
     files = {
-        stem: save({k: np.array(v, order="C") for k, v in tree.items()})
+        stem: save({key: np.array(value, order="C") for key, value in tree.items()})
         for stem, tree in tensors_of(inputs, cases).items()
     }
     for stem, data in files.items():
         (folder / f"{stem}.safetensors").write_bytes(data)
-    (folder / "manifest.json").write_text(manifest_text(cases, files), encoding="utf-8")
+    hashes = {stem: sha256(data) for stem, data in files.items()}
+    if CHECKPOINT.exists():
+        hashes["checkpoints/digits"] = sha256(CHECKPOINT.read_bytes())
+    (folder / "manifest.json").write_text(manifest_text(cases, hashes), encoding="utf-8")
     Goldens(folder).verify()
-    size = sum(len(data) for data in files.values()) / 1e6
+    size = sum(path.stat().st_size for path in folder.iterdir()) / 1e6
     outputs = sum(len(case.expected) for case in cases)
     console.print(f"wrote {len(cases)} cases, {outputs} tensors, {size:.1f} MB to {folder}")
 
 
+def check(folder: Path) -> list[str]:
+    """Every difference between what is committed and what comes out now; empty where none."""
+    problems = []
+    for stem in tables.CASES:
+        path = tables.SCHEDULES / f"{stem}.csv"
+        if not path.exists() or path.read_text(encoding="ascii") != tables.csv_text(stem):
+            problems.append(f"{path.name} differs from mpmath's table")
+    console.print(f"compared {len(tables.CASES)} schedule tables, to the last digit")
+    goldens = Goldens(folder)
+    goldens.verify()
+    inputs = Inputs()
+    cases = golden_cases(inputs)
+    problems += _check_inputs(goldens, inputs)
+    solve_all(cases, inputs)
+    problems += _check_tensors(goldens, cases)
+    problems += _check_floors(folder, cases, inputs)
+    return problems
+
+
+def _check_inputs(goldens: Goldens, inputs: Inputs) -> list[str]:
+    """Compare the inputs drawn now with those stored, which then take their place."""
+    problems, count = [], 0
+    for stem, tree in inputs.files.items():
+        for key, value in tree.items():
+            if stem.startswith("checkpoints/"):
+                continue
+            stored = goldens.array(f"{stem}:{key}")
+            apart = np.abs(stored - value) if value.dtype.kind == "f" else stored != value
+            if stored.shape != value.shape or (apart > INPUTS_APART * np.abs(value)).any():
+                problems.append(f"{stem}:{key} is not what the shared stream draws")
+            tree[key] = stored
+            count += 1
+    console.print(f"compared {count} input tensors with the shared stream")
+    return problems
+
+
+def _check_tensors(goldens: Goldens, cases: list[Case]) -> list[str]:
+    """Compare the expected tensors made now with those stored, which then take their place."""
+    problems, worst, count = [], 0.0, 0
+    stored = {case.id: {o.name: o for o in case.outputs} for case in goldens.cases}
+    if list(stored) != [case.id for case in cases]:
+        missing, extra = set(stored) ^ {case.id for case in cases}, len(stored) - len(cases)
+        return [f"the manifest's cases differ: {sorted(missing)} ({extra:+d})"]
+    for case, known in zip(cases, goldens.cases, strict=True):
+        if list(stored[case.id]) != list(case.expected):
+            problems.append(f"{case.id} has other outputs than the manifest")
+            continue
+        for name, value in case.expected.items():
+            golden = goldens.expected(known, stored[case.id][name])
+            apart = distance(value, golden) if value.shape == golden.shape else np.inf
+            limit = CHANGES_APART if part_of(name) in ("delta", "ema_delta") else TENSORS_APART
+            if not apart <= limit:
+                problems.append(f"{case.id} {name}: {apart:.2g} from what is stored ({limit:g})")
+            worst, count = max(worst, apart), count + 1
+            case.expected[name] = golden
+    console.print(f"compared {count} golden tensors: at most {worst:.1e} apart")
+    return problems
+
+
+def _check_floors(folder: Path, cases: list[Case], inputs: Inputs) -> list[str]:
+    """Compare one seed's errors with the recorded floors, and the manifest with its derivation."""
+    raw = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+    recorded = {
+        entry["id"]: {name: o["floor"] for name, o in entry["outputs"].items() if "floor" in o}
+        for entry in raw["cases"]
+    }
+    measure(cases, inputs, range(1))
+    problems, count = [], 0
+    for case in cases:
+        if set(case.floors) != set(recorded[case.id]):
+            problems.append(f"{case.id}: floors are recorded for other outputs")
+            continue
+        for name, found in case.floors.items():
+            for norm, value in found.items():
+                known = recorded[case.id][name][norm]
+                count += 1
+                if not value <= FLOOR_MARGIN * known:
+                    problems.append(
+                        f"{case.id} {name}: one seed errs by {value:.2g} ({norm}), "
+                        f"the recorded floor is {known:.2g}"
+                    )
+                if not 0 <= known < 1 or (known == 0) != (value == 0):
+                    problems.append(f"{case.id} {name}: floor {known} ({norm}) says nothing")
+        case.floors = recorded[case.id]
+    console.print(
+        f"compared {count} noise floors with one seed, at most {FLOOR_MARGIN:g} times as large"
+    )
+    for entry, known in zip(entries(cases), raw["cases"], strict=True):
+        if json.loads(json.dumps(entry)) != known:
+            keys = [key for key in entry if json.loads(json.dumps(entry[key])) != known.get(key)]
+            problems.append(f"{entry['id']}: the manifest's {', '.join(keys)} differ")
+    console.print(f"compared {len(cases)} manifest entries with their derivation")
+    return problems
+
+
 def main(
-    check: Annotated[bool, typer.Option(help="Compare with what is committed; write nothing.")] = (
-        False
-    ),
+    check_only: Annotated[
+        bool, typer.Option("--check", help="Compare with what is committed; write nothing.")
+    ] = False,
 ) -> None:
     """Write spec/schedules and spec/goldens, or check them."""
     start = time.monotonic()
     try:
-        write(GOLDENS)
-    except AgreementError as error:
+        problems = check(GOLDENS) if check_only else write(GOLDENS)
+    except (AgreementError, GoldenError) as error:
         console.print(f"[red]{error}[/red]")
         raise typer.Exit(1) from error
+    for problem in problems or ():
+        console.print(f"[red]{problem}[/red]")
     console.print(f"{time.monotonic() - start:.0f} s")
+    if problems:
+        raise typer.Exit(1)
 
 
 if __name__ == "__main__":

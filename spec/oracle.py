@@ -100,7 +100,7 @@ class Oracle:
     ) -> None:
         self.config, self.dtype, self.choose = config, dtype, choose
         self.tables = exact_tables(config)
-        self.plain = dtype != torch.float64  # schedule arithmetic and Adam written out
+        self.plain = choose is not None  # schedule arithmetic and Adam written out
         if params is not None:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
@@ -313,20 +313,20 @@ class Oracle:
 
     def update(self, grads: dict[str, torch.Tensor]) -> None:
         """Clip, Adam, EMA."""
+        if self.plain:
+            return self._update_written_out(grads)
         config, k = self.config, self.step
         if config.max_grad_norm:
             norm = torch.sqrt(sum((g * g).sum() for g in grads.values()))
             scale = config.max_grad_norm / norm.clamp(min=config.max_grad_norm)
             grads = {name: g * scale for name, g in grads.items()}
         rate = config.learning_rate * (min(1, (k + 1) / config.warmup) if config.warmup else 1)
-        with torch.no_grad():
-            (self._adam_written_out if self.plain else self._adam)(grads, rate)
-            decay, way = min(config.ema_decay, (1 + k) / (10 + k)), self.way(2)
-            for name, p in self.params().items():
-                old = self.ema[name]
-                new = old + (1 - decay) * (p - old) if way else decay * old + (1 - decay) * p
-                self.ema[name] = new.detach().clone()
+        self._adam(grads, rate)
+        decay = min(config.ema_decay, (1 + k) / (10 + k))
+        for name, p in self.params().items():
+            self.ema[name] = decay * self.ema[name] + (1 - decay) * p.detach()
         self.step = k + 1
+        return None
 
     def _adam(self, grads: dict[str, torch.Tensor], rate: float) -> None:
         params = self.params()
@@ -344,22 +344,47 @@ class Oracle:
         for name, p in params.items():
             self.m[name], self.v[name] = adam.state[p]["exp_avg"], adam.state[p]["exp_avg_sq"]
 
-    def _adam_written_out(self, grads: dict[str, torch.Tensor], rate: float) -> None:
-        k, way = self.step, self.way(3)
-        one, two = 1 - 0.9 ** (k + 1), 1 - 0.999 ** (k + 1)
-        for name, p in self.params().items():
-            g = grads[name]
-            m = 0.9 * self.m[name] + 0.1 * g
-            v = 0.999 * self.v[name] + 0.001 * (g * g)
-            if way == 0:
-                moved = rate * ((m / one) / (torch.sqrt(v / two) + 1e-8))
-            elif way == 1:
-                moved = (rate / one) * (m / (torch.sqrt(v) / math.sqrt(two) + 1e-8))
+    def _update_written_out(self, grads: dict[str, torch.Tensor]) -> None:
+        """The same update in one of the orders that an implementation may choose.
+
+        All tensors are joined into one: the arithmetic is the same, the operations are fewer.
+        """
+        config, k = self.config, self.step
+        sizes = [g.numel() for g in grads.values()]
+
+        def joined(tree: dict[str, torch.Tensor]) -> torch.Tensor:
+            return torch.cat([tree[name].detach().reshape(-1) for name in grads])
+
+        def parted(flat: torch.Tensor) -> dict[str, torch.Tensor]:
+            parts = zip(grads, flat.split(sizes), strict=True)
+            return {name: part.reshape(grads[name].shape).clone() for name, part in parts}
+
+        g, p = joined(grads), joined(self.params())
+        if config.max_grad_norm:
+            norm = torch.sqrt((g * g).sum())
+            if self.way(2):
+                g = g * (config.max_grad_norm / norm.clamp(min=config.max_grad_norm))
             else:
-                root = math.sqrt(two)
-                moved = (rate * root / one) * (m / (torch.sqrt(v) + 1e-8 * root))
-            self.m[name], self.v[name] = m, v
-            p.copy_(p - moved)
+                g = g * config.max_grad_norm / norm.clamp(min=config.max_grad_norm)
+        rate = config.learning_rate * (min(1, (k + 1) / config.warmup) if config.warmup else 1)
+        m, v, ema = joined(self.m), joined(self.v), joined(self.ema)
+        m = m + 0.1 * (g - m) if self.way(2) else 0.9 * m + 0.1 * g
+        v = 0.999 * v + (0.001 * g) * g if self.way(2) else 0.999 * v + 0.001 * (g * g)
+        one, two, way = 1 - 0.9 ** (k + 1), 1 - 0.999 ** (k + 1), self.way(3)
+        if way == 0:
+            moved = rate * ((m / one) / (torch.sqrt(v / two) + 1e-8))
+        elif way == 1:
+            moved = (rate / one) * (m / (torch.sqrt(v) / math.sqrt(two) + 1e-8))
+        else:
+            root = math.sqrt(two)
+            moved = (rate * root / one) * (m / (torch.sqrt(v) + 1e-8 * root))
+        p = p - moved
+        decay = min(config.ema_decay, (1 + k) / (10 + k))
+        ema = ema + (1 - decay) * (p - ema) if self.way(2) else decay * ema + (1 - decay) * p
+        self.m, self.v, self.ema, self.step = parted(m), parted(v), parted(ema), k + 1
+        with torch.no_grad():
+            for name, value in parted(p).items():
+                self.params()[name].copy_(value)
 
     def moved(self, before: Tree, prefix: str = "") -> Tree:
         """delta, m, v and ema_delta by name, against the parameters before."""
