@@ -142,22 +142,38 @@ def blame(result: "Result", column: Sequence["Result"]) -> tuple[str | None, lis
     if case.call == "taps":
         tap = first_tap(case, result.findings)
         return (tap.output, [_on_tap(case, tap.output, column)]) if tap else (None, [])
+    tapped, already = _taps_of(case, column)
+    if case.call == "predict":
+        return tapped, already
     if case.call == "loss_and_grads":
-        return _on_gradients(case, bad)
-    if case.call in ("apply_gradients", "train_steps"):
+        block, lines = _on_gradients(case, bad)
+        return block, [*already, *lines]
+    if case.call == "apply_gradients":
         return None, _on_state(result.findings)
+    if case.call == "train_steps":
+        return None, [*already, *_on_state(result.findings)]
+    return None, already if case.call == "sample" else []
+
+
+def _taps_of(case: Case, column: Sequence["Result"]) -> tuple[str | None, list[str]]:
+    """The first wrong tap of the same network, where the taps failed, and a line that says so."""
+    for other in column:
+        if other.case.call == "taps" and other.case.config == case.config:
+            tap = first_tap(other.case, other.findings)
+            if tap is not None:
+                text = f"the network is wrong already: see {other.case.id}, from {tap.output} on"
+                return tap.output, [text]
     return None, []
 
 
 def _on_tap(case: Case, block: str, column: Sequence["Result"]) -> str:
     start = f"the first block out of tolerance is {block}; "
-    alone = [
+    named = [
         other
         for other in column
-        if other.case.call == "run_block"
-        and other.case.options["name"] == block
-        and other.case.config == case.config
+        if other.case.call == "run_block" and other.case.options["name"] == block
     ]
+    alone = [other for other in named if other.case.config == case.config] or named
     if not alone:
         return start + "it was not run alone in this run"
     if any(other.status == "not implemented" for other in alone):

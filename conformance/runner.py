@@ -45,6 +45,10 @@ class Result:
     def ok(self) -> bool:
         return self.status == "passed"
 
+    def order(self) -> tuple[int, bool, bool]:
+        """What failures are sorted by: the level, then those first that say most."""
+        return self.case.level, self.block is None, self.case.call != "taps"
+
     @property
     def worst(self) -> Finding | None:
         """The finding that matters most: for taps the first wrong one, else the worst."""
@@ -72,8 +76,8 @@ class Column:
 
     @property
     def failures(self) -> list[Result]:
-        """Results that are no pass, by level, then in the manifest's order."""
-        return sorted((r for r in self.results if not r.ok), key=lambda r: r.case.level)
+        """Results that are no pass: by level, those that name a block first, else as they ran."""
+        return sorted((r for r in self.results if not r.ok), key=Result.order)
 
     @property
     def complete(self) -> bool:
@@ -285,12 +289,6 @@ class Suite:
             self.workers[key] = WorkerProcess(impl, dtype, self.plan.setup, folder)
         return self.workers[key]
 
-    def start(self) -> None:
-        """Start and greet every worker, one after another. Raises CannotStart."""
-        for impl in self.plan.impls:
-            for dtype in self.plan.dtypes:
-                self.worker(impl, dtype).start()
-
     def ask_case(
         self, impl: Impl, dtype: str, case: Case, given: dict[str, np.ndarray] | None = None
     ) -> tuple[Outcome, dict[str, Any]]:
@@ -309,14 +307,16 @@ class Suite:
             return Outcome(died.status, {}, seconds, died.message, died.stderr), {}
         fields = {key: reply[key] for key in ("seconds", "message", "trace") if key in reply}
         outcome = Outcome(reply["status"], **fields)
+        if outcome.status not in ("done", "fault", "error", "not implemented"):
+            outcome.status, outcome.message = "error", f"its worker answered {reply['status']!r}"
         if outcome.status == "done":
-            file = worker.folder / Path(reply["file"]).name
+            file = worker.folder / Path(str(reply.get("file"))).name
             try:
                 outcome.results = load_file(file)
-            except (OSError, SafetensorError, ValueError) as error:
+                file.unlink()
+            except (OSError, SafetensorError, ValueError, KeyError) as error:
                 outcome.status = "error"
                 outcome.message = f"the worker's file of results cannot be read: {error}"
-            file.unlink(missing_ok=True)
         return outcome, reply
 
     def run_case(self, impl: Impl, dtype: str, case: Case) -> Result:

@@ -124,7 +124,7 @@ def show_report(out: Console, report: Report) -> None:
     """Print everything that a run found, the verdict last."""
     for backend in dict.fromkeys(column.backend for column in report.columns):
         failures = [r for c in report.columns if c.backend == backend for r in c.failures]
-        failures.sort(key=lambda result: result.case.level)
+        failures.sort(key=Result.order)
         for result in failures[:PANELS]:
             out.print(panel(result))
         if (more := len(failures) - PANELS) > 0:

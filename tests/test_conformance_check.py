@@ -375,9 +375,33 @@ def test_a_block_that_is_right_alone(goldens):
     taps = by_id(Inherits, goldens, "L2/*", "L3/*")["L3/tiny/taps"]
     assert taps.block == "up_blocks.0.resnets.0"
     assert any("it is right, so look at what it is given" in clue for clue in taps.clues)
-    taps = by_id(SwappedSkips, goldens, "L2/*", "L3/*")["L3/tiny/taps"]
+    results = by_id(SwappedSkips, goldens, "L2/*", "L3/*")
+    taps = results["L3/tiny/taps"]
     assert taps.block == "up_blocks.0.resnets.1"
     assert any("not run alone" in clue for clue in taps.clues)
+
+
+def test_what_stands_on_the_network_points_at_its_taps(goldens):
+    class WrongNetwork(Fake):
+        def predict(self, *args, **more):
+            return super().predict(*args, **more) * 2
+
+        def taps(self, *args, **more):
+            taps = super().taps(*args, **more)
+            return taps | {"conv_out": taps["conv_out"] * 2}
+
+        def loss_and_grads(self, *args, **more):
+            loss, grads = super().loss_and_grads(*args, **more)
+            return loss * 2, grads
+
+    results = by_id(WrongNetwork, goldens)
+    text = "the network is wrong already: see L3/tiny/taps, from conv_out on"
+    assert results["L3/tiny/predict"].block == "conv_out"
+    for case_id in ("L3/tiny/predict", "L4/tiny/grads", "L5/tiny/train_steps"):
+        assert text in results[case_id].clues
+    assert any("the loss itself is wrong" in clue for clue in results["L4/tiny/grads"].clues)
+    assert results["L5/tiny/apply"].ok
+    assert results["L6/digits/guided"].ok
 
 
 def test_gradients_name_the_worst_and_where_the_backward_pass_goes_wrong(goldens):

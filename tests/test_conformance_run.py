@@ -345,6 +345,38 @@ def test_a_worker_that_speaks_out_of_turn_is_a_crash(goldens, place):
     worker.close()
 
 
+@pytest.mark.parametrize(
+    ("reply", "message"),
+    [
+        ({"status": "done", "file": "none.safetensors"}, "file of results cannot be read"),
+        ({"status": "done", "file": "../../bad"}, "file of results cannot be read"),
+        ({"status": "done"}, "file of results cannot be read"),
+        ({"status": "splendid"}, "its worker answered 'splendid'"),
+    ],
+)
+def test_a_worker_of_ones_own_that_answers_badly(goldens, place, reply, message):
+    """Any program may be a worker: this one is a few lines, and knows nothing of the suite."""
+    (place / "bad").write_bytes(b"no tensors")
+    script = place / "own"
+    script.write_text(
+        f"#!{sys.executable}\nimport json, sys\n"
+        "for line in sys.stdin:\n"
+        "    request = json.loads(line)\n"
+        "    if request['do'] == 'stop':\n        break\n"
+        "    ready = {'status': 'ready', 'name': 'own', 'modes': ['eager'], 'mode': 'eager'}\n"
+        f"    reply = ready if request['do'] == 'hello' else {reply!r}\n"
+        "    print(json.dumps({'id': request['id'], **reply}), flush=True)\n"
+    )
+    script.chmod(0o755)
+    plan = plan_of(goldens, "own")
+    plan.impls = [Impl("own", str(script))]
+    plan.cases = plan.cases[:2]
+    with Suite(plan) as suite:
+        column = suite.run_column(plan.impls[0], "float32")
+    assert [result.status for result in column.results] == ["error", "error"]
+    assert message in column.results[0].message
+
+
 def test_children_of_a_hanging_worker_end_with_it(goldens, place):
     add(
         place,
