@@ -52,7 +52,9 @@ def agreement(case: Case, inputs: dict, params: Tree | None, expected: Tree) -> 
         )
     if case.call == "train_steps":
         return _train_steps(case, inputs, params, expected)
-    found = call(case, inputs, params)
+    found = reference.answer(
+        case.full_config, tables_of(case), case.call, case.options, inputs, params
+    )
     if list(found) != list(expected):
         raise AgreementError(f"{case.id}: results {list(found)}, the oracle gave {list(expected)}")
     distances = {name: distance(found[name], expected[name]) for name in expected}
@@ -109,7 +111,7 @@ def _train_steps(case: Case, inputs: dict, params: Tree, expected: Tree) -> dict
             gradients |= {f"step {i + 1}, {name}": value for name, value in some.items()}
         state = reference.update(config, state, grads)
         if i + 1 in case.options["record"]:
-            for key, value in moved(state, params).items():
+            for key, value in reference.moved(state, params).items():
                 # What a step makes of to_k.bias, whose gradient is zero, is rounding alone (S8).
                 if not key.endswith("to_k.bias"):
                     distances[f"{i + 1}/{key}"] = distance(value, expected[f"{i + 1}/{key}"])
@@ -117,44 +119,3 @@ def _train_steps(case: Case, inputs: dict, params: Tree, expected: Tree) -> dict
     return _accept(case, "update", UPDATE, distances) | _accept(
         case, "gradient", GRADIENT, gradients
     )
-
-
-def moved(state: dict, before: Tree) -> Tree:
-    """delta, m, v and ema_delta by name."""
-    found = {}
-    for name, start in before.items():
-        found |= {
-            f"delta/{name}": state["params"][name] - start,
-            f"m/{name}": state["m"][name],
-            f"v/{name}": state["v"][name],
-            f"ema_delta/{name}": state["ema"][name] - start,
-        }
-    return found
-
-
-def call(case: Case, inputs: dict, params: Tree | None) -> Tree:
-    """The reference's results of a case without gradients, by key."""
-    config, s, options = case.full_config, tables_of(case), case.options
-    if case.call == "q_sample":
-        return {"out": reference.q_sample(s, **inputs)}
-    if case.call in ("target", "ddpm_step", "ddim_step"):
-        return {"out": getattr(reference, case.call)(config, s, **inputs, **options)}
-    if case.call == "predict_x0_eps":
-        return dict(zip(("x0", "eps"), reference.predict_x0_eps(config, s, **inputs), strict=True))
-    if case.call == "guide":
-        return {"out": reference.guide(**inputs, **options)}
-    if case.call == "run_block":
-        return {"out": reference.run_block(config, params, options["name"], **inputs)}
-    if case.call == "predict":
-        return {"out": reference.predict(config, params, **inputs)}
-    if case.call == "taps":
-        return reference.taps(config, params, **inputs)
-    if case.call == "sample":
-        return {"trajectory": reference.sample(config, s, params, **inputs, **options)}
-    if case.call == "apply_gradients":
-        state = reference.initial_state(params, options.get("step", 0))
-        state |= {part: inputs[part] for part in ("m", "v") if part in inputs}
-        for key in options["sequence"]:
-            state = reference.update(config, state, inputs[f"grads/{key}"])
-        return moved(state, params)
-    raise ValueError(f"{case.id}: unknown call {case.call!r}")

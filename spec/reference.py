@@ -398,3 +398,54 @@ def sample(
             x = ddim_step(config, s, x, t, np.full(len(x), following), out, z, eta)
         trajectory.append(x)
     return np.stack(trajectory)
+
+
+# The golden cases
+
+
+def moved(state: dict, before: Tree) -> Tree:
+    """delta, m, v and ema_delta of a state by name, against the parameters before."""
+    found = {}
+    for name, start in before.items():
+        found |= {
+            f"delta/{name}": state["params"][name] - start,
+            f"m/{name}": state["m"][name],
+            f"v/{name}": state["v"][name],
+            f"ema_delta/{name}": state["ema"][name] - start,
+        }
+    return found
+
+
+def answer(
+    config: Config, s: Tree, call: str, options: dict, inputs: dict, p: Tree | None = None
+) -> Tree:
+    """The results by key of a golden case that needs no gradient. Raises ValueError for others."""
+    if call == "schedule":
+        return s
+    if call == "q_sample":
+        return {"out": q_sample(s, **inputs)}
+    if call == "target":
+        return {"out": target(config, s, **inputs)}
+    if call == "predict_x0_eps":
+        return dict(zip(("x0", "eps"), predict_x0_eps(config, s, **inputs), strict=True))
+    if call == "ddpm_step":
+        return {"out": ddpm_step(config, s, **inputs)}
+    if call == "ddim_step":
+        return {"out": ddim_step(config, s, **inputs, **options)}
+    if call == "guide":
+        return {"out": guide(**inputs, **options)}
+    if call == "run_block":
+        return {"out": run_block(config, p, options["name"], **inputs)}
+    if call == "predict":
+        return {"out": predict(config, p, **inputs)}
+    if call == "taps":
+        return taps(config, p, **inputs)
+    if call == "sample":
+        return {"trajectory": sample(config, s, p, **inputs, **options)}
+    if call == "apply_gradients":
+        state = initial_state(p, options.get("step", 0))
+        state |= {part: inputs[part] for part in ("m", "v") if part in inputs}
+        for key in options["sequence"]:
+            state = update(config, state, inputs[f"grads/{key}"])
+        return moved(state, p)
+    raise ValueError(f"the reference has no gradients of its own: {call!r}")
