@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from conformance import lines
+
 ROOT = Path(__file__).resolve().parents[1]
 FRAMEWORKS = {
     "impl_numpy": set(),
@@ -259,6 +261,23 @@ def test_a_difference_in_blocks_is_found():
     assert unet_outline(functions) != unet_outline(classes.replace("ResBlock", "Resnet"))
     first, second = classes.split("\nclass ")
     assert unet_outline(functions) != unet_outline(f"class {second}\n{first}")
+
+
+def test_line_budgets_hold():
+    counts = lines.count_all(ROOT)
+    assert [count.name for count in counts] == IMPLEMENTATIONS
+    assert [problem for count in counts for problem in count.problems] == []
+
+
+def test_a_broken_line_budget_is_found(tmp_path):
+    folder = tmp_path / "impl_torch"
+    folder.mkdir()
+    for file in ("__init__.py", *lines.CORE, "layers.py", "params.py"):
+        (folder / file).write_text("x = 1  # comment\n\n# comment\n" * 75)
+    assert any("params.py has 75" in problem for problem in lines.count_all(tmp_path)[0].problems)
+    assert lines.count_all(tmp_path)[0].core == 300
+    (folder / "unet.py").write_text("x = 1\n" * 76)
+    assert any("301" in problem for problem in lines.count_all(tmp_path)[0].problems)
 
 
 # --- pages and files -------------------------------------------------------------------------
