@@ -353,7 +353,9 @@ def _update_cases(inputs: Inputs, params: str) -> list[Case]:
 def _trajectory_cases(inputs: Inputs, params: dict[str, str]) -> list[Case]:
     """L6: whole trajectories from the shared stream's noise."""
 
-    def case(what: str, name: str, steps: int, labelled: bool, seed: int, **options) -> Case:
+    def case(
+        what: str, name: str, steps: int, labelled: bool, seed: int, replace=None, **options
+    ) -> Case:
         config = load_config(name)
         x, noise = sampling_noise(config, B, seed, steps)
         given = {"x": inputs.put(name, f"L6/{what}/x", x)}
@@ -365,7 +367,16 @@ def _trajectory_cases(inputs: Inputs, params: dict[str, str]) -> list[Case]:
             options["steps"] = steps
         clause = "S4" if options["method"] == "ddpm" else "S5"
         clause = "S6" if "guidance_scale" in options else clause
-        return Case(f"L6/{name}/{what}", clause, name, "sample", given, options, params[name])
+        return Case(
+            f"L6/{name}/{what}",
+            clause,
+            name,
+            "sample",
+            given,
+            options,
+            params[name],
+            replace=replace or {},
+        )
 
     ddim: dict[str, Any] = {"method": "ddim"}
     return [
@@ -376,6 +387,8 @@ def _trajectory_cases(inputs: Inputs, params: dict[str, str]) -> list[Case]:
         case("ddim_eta1", "tiny_v", 6, True, 15, **ddim, eta=1.0),
         case("ddpm_guided", "tiny_x0", 20, True, 16, method="ddpm", guidance_scale=1.5),
         case("ddim_every_t", "tiny_x0", 20, True, 17, **ddim, eta=0.0),
+        case("ddpm_T2", "tiny_x0", 2, True, 18, {"timesteps": 2}, method="ddpm"),
+        case("ddim_T1", "tiny_x0", 1, True, 19, {"timesteps": 1}, **ddim, eta=1.0),
     ]
 
 
@@ -408,7 +421,7 @@ def _digits_cases(inputs: Inputs) -> list[Case]:
         )
     )
     steps, count = 50, config.num_classes
-    x, _ = sampling_noise(config, count, 0, 0)
+    x, _ = sampling_noise(config, count, 0, 1)
     given = {
         "x": inputs.put("digits", "L6/x", x),
         "labels": inputs.put("digits", "L6/labels", np.arange(count)),
