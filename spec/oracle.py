@@ -310,6 +310,7 @@ class Oracle:
         self.step, self.ema = step, params
         self.m = zeros if m is None else {n: self.tensor(m[n]) for n in params}
         self.v = dict(zeros) if v is None else {n: self.tensor(v[n]) for n in params}
+        self.flat: list[torch.Tensor] | None = None  # params, m, v, EMA, where written out
 
     def update(self, grads: dict[str, torch.Tensor]) -> None:
         """Clip, Adam, EMA."""
@@ -344,22 +345,24 @@ class Oracle:
         for name, p in params.items():
             self.m[name], self.v[name] = adam.state[p]["exp_avg"], adam.state[p]["exp_avg_sq"]
 
+    def _joined(self, tree: dict[str, torch.Tensor]) -> torch.Tensor:
+        return torch.cat([tree[name].detach().reshape(-1) for name in self.params()])
+
+    def _parted(self, flat: torch.Tensor) -> dict[str, torch.Tensor]:
+        params = self.params()
+        pieces = flat.split([p.numel() for p in params.values()])
+        parts = zip(params.items(), pieces, strict=True)
+        return {name: piece.reshape(p.shape) for (name, p), piece in parts}
+
     def _update_written_out(self, grads: dict[str, torch.Tensor]) -> None:
         """The same update in one of the orders that an implementation may choose.
 
         All tensors are joined into one: the arithmetic is the same, the operations are fewer.
         """
         config, k = self.config, self.step
-        sizes = [g.numel() for g in grads.values()]
-
-        def joined(tree: dict[str, torch.Tensor]) -> torch.Tensor:
-            return torch.cat([tree[name].detach().reshape(-1) for name in grads])
-
-        def parted(flat: torch.Tensor) -> dict[str, torch.Tensor]:
-            parts = zip(grads, flat.split(sizes), strict=True)
-            return {name: part.reshape(grads[name].shape).clone() for name, part in parts}
-
-        g, p = joined(grads), joined(self.params())
+        if self.flat is None:
+            self.flat = [self._joined(t) for t in (self.params(), self.m, self.v, self.ema)]
+        g, (p, m, v, ema) = self._joined(grads), self.flat
         if config.max_grad_norm:
             norm = torch.sqrt((g * g).sum())
             if self.way(2):
@@ -367,7 +370,6 @@ class Oracle:
             else:
                 g = g * config.max_grad_norm / norm.clamp(min=config.max_grad_norm)
         rate = config.learning_rate * (min(1, (k + 1) / config.warmup) if config.warmup else 1)
-        m, v, ema = joined(self.m), joined(self.v), joined(self.ema)
         m = m + 0.1 * (g - m) if self.way(2) else 0.9 * m + 0.1 * g
         v = 0.999 * v + (0.001 * g) * g if self.way(2) else 0.999 * v + 0.001 * (g * g)
         one, two, way = 1 - 0.9 ** (k + 1), 1 - 0.999 ** (k + 1), self.way(3)
@@ -381,13 +383,16 @@ class Oracle:
         p = p - moved
         decay = min(config.ema_decay, (1 + k) / (10 + k))
         ema = ema + (1 - decay) * (p - ema) if self.way(2) else decay * ema + (1 - decay) * p
-        self.m, self.v, self.ema, self.step = parted(m), parted(v), parted(ema), k + 1
+        self.flat, self.step = [p, m, v, ema], k + 1
+        params = self.params()
         with torch.no_grad():
-            for name, value in parted(p).items():
-                self.params()[name].copy_(value)
+            for name, value in self._parted(p).items():
+                params[name].copy_(value)
 
     def moved(self, before: Tree, prefix: str = "") -> Tree:
         """delta, m, v and ema_delta by name, against the parameters before."""
+        if self.flat is not None:
+            self.m, self.v, self.ema = (self._parted(part) for part in self.flat[1:])
         result: Tree = {}
         for name, p in self.params().items():
             start = self.tensor(before[name]).double()
