@@ -10,7 +10,7 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("diffusers")
 pytest.importorskip("mpmath")
 
-from spec import agree, reference, tables  # noqa: E402
+from spec import agree, generate, reference, tables  # noqa: E402
 from spec.cases import Inputs, golden_cases  # noqa: E402
 from spec.floor import Decomposed, Perturbed, errors, perturbed_run  # noqa: E402
 from spec.generate import entries, fetch, solve  # noqa: E402
@@ -169,3 +169,29 @@ def test_float64_is_left_alone_by_a_float32_floor():
     with Perturbed(0):
         y = x * 3 + 1
     assert torch.equal(y, x * 3 + 1)
+
+
+def test_the_check_names_a_tensor_that_comes_out_otherwise():
+    goldens = Goldens()
+    cases = golden_cases(Inputs())
+    for case, known in zip(cases, goldens.cases, strict=True):
+        case.expected = {o.name: goldens.expected(known, o) for o in known.outputs}
+    assert generate._check_tensors(goldens, cases) == []
+    (case,) = [case for case in cases if case.id == "L4/tiny_v/loss_and_grads"]
+    name = "grads/conv_in.weight"
+    case.expected[name] = case.expected[name] * (1 + 1e-10)
+    (problem,) = generate._check_tensors(goldens, cases)
+    assert problem.startswith(f"{case.id} {name}: 1e-10 from what is stored")
+    assert "cases differ" in generate._check_tensors(goldens, cases[1:])[0]
+
+
+def test_the_check_names_an_input_that_the_stream_does_not_draw():
+    goldens, inputs = Goldens(), Inputs()
+    golden_cases(inputs)
+    inputs.files["tiny.inputs"]["L3/x"][0, 0, 0, 0] += 1e-5
+    inputs.files["tiny.inputs"]["L3/t"][0] += 1
+    problems = generate._check_inputs(goldens, inputs)
+    assert [problem.split()[0] for problem in problems] == [
+        "tiny.inputs:L3/x",
+        "tiny.inputs:L3/t",
+    ]
