@@ -110,7 +110,8 @@ def mutants(
         verdicts: list[Verdict] = []
         with watch.steps("mutants") as seen:
             for mutant in chosen:
-                seen(f"{mutant.impl}: {mutant.name}")
+                if out.is_terminal or not verdicts:
+                    seen(f"{mutant.impl}: {mutant.name}" if out.is_terminal else str(len(chosen)))
                 verdicts.append(try_mutant(mutant, goldens, dtype))
     except (UsageError, GoldenError, MutantError) as error:
         Watch(console(stderr=True)).say(f"error: {error}")

@@ -238,6 +238,7 @@ def figures(verdicts: Sequence[Verdict]) -> dict[str, float]:
         "mutants": len(verdicts),
         "killed": len(margins),
         "caught at the right clause": sum(verdict.problem is None for verdict in verdicts),
+        "pending": sum(verdict.mutant.pending is not None for verdict in verdicts),
         "median margin": statistics.median(margins) if margins else math.nan,
         "smallest margin": min(margins, default=math.nan),
     }
