@@ -312,6 +312,14 @@ def test_ci_runs_what_the_readme_shows():
     assert [line for line in commands if line not in shown] == []
 
 
+def test_the_readme_counts_lines_as_they_are():
+    text = " ".join((ROOT / "README.md").read_text("utf-8").split())
+    said = re.search(r"have (\d+) lines of code in NumPy and (\d+) in PyTorch", text)
+    counts = {count.name: count.core for count in lines.count_all(ROOT)}
+    assert said
+    assert [int(n) for n in said.groups()] == [counts["impl_numpy"], counts["impl_torch"]]
+
+
 def link_targets(markdown: str) -> list[str]:
     """Targets of links and pictures in a Markdown page that point into the repository."""
     text = re.sub(r"^```.*?^```", "", markdown, flags=re.MULTILINE | re.DOTALL)
