@@ -6,7 +6,7 @@ import numpy as np
 
 from impl_numpy import diffusion, train, unet
 from impl_numpy.layers import conv
-from impl_numpy.params import load_params, read_params
+from impl_numpy.params import from_tree, load_params, read_params, to_tree
 from impl_numpy.schedule import make_schedule
 from spec.backend import Checked, check_open
 from spec.config import Config
@@ -95,10 +95,10 @@ class NumpyModel:
         loss, grads = train.loss_and_grads(
             self._model, self.tables, self.config, x0, t, noise, labels, drop
         )
-        return float(loss), {key: np.ascontiguousarray(grads[key]) for key in self._model.params}
+        return float(loss), from_tree({key: grads[key] for key in self._model.params})
 
     def apply_gradients(self, grads):
-        train.apply_gradients(self._state, self.config, grads)
+        train.apply_gradients(self._state, self.config, to_tree(self._model, grads))
 
     def train_step(self, x0, t, noise, labels=None, drop=None):
         loss = train.train_step(self._state, self.tables, self.config, x0, t, noise, labels, drop)
@@ -135,13 +135,12 @@ class NumpyModel:
         return read_params(self._model)
 
     def state(self):
-        trees = {part: getattr(self._state, part) for part in ("m", "v", "ema")}
-        copies = {part: {k: a.copy() for k, a in tree.items()} for part, tree in trees.items()}
-        return {"step": self._state.step, "params": self.params(), **copies}
+        trees = {part: from_tree(getattr(self._state, part)) for part in ("m", "v", "ema")}
+        return {"step": self._state.step, "params": self.params(), **trees}
 
     def load_state(self, state):
         load_params(self._model, state["params"])
-        trees = ({key: a.copy() for key, a in state[part].items()} for part in ("m", "v", "ema"))
+        trees = (to_tree(self._model, state[part]) for part in ("m", "v", "ema"))
         self._state = train.State(self._model, *trees, step=state["step"])
 
     def synchronize(self):

@@ -2,15 +2,22 @@
 
 import numpy as np
 
-from impl_numpy.unet import UNet
+
+def to_tree(model, params):
+    """Arrays by canonical name -> the same in the model's dtype, copied."""
+    return {name: np.array(value, model.time_table.dtype) for name, value in params.items()}
 
 
-def load_params(model: UNet, params: dict[str, np.ndarray]) -> None:
+def from_tree(tree):
+    """Native arrays -> arrays by canonical name, copied."""
+    return {name: np.array(value, order="C") for name, value in tree.items()}
+
+
+def load_params(model, params):
     """Put parameters, by canonical name, into the model; they are copied."""
-    for name, value in params.items():
-        model.params[name] = np.array(value, model.time_table.dtype)
+    model.params.update(to_tree(model, params))
 
 
-def read_params(model: UNet) -> dict[str, np.ndarray]:
+def read_params(model):
     """The model's parameters by canonical name, copied."""
-    return {name: value.copy() for name, value in model.params.items()}
+    return from_tree(model.params)

@@ -4,7 +4,7 @@ import numpy as np
 import torch
 
 from impl_torch import diffusion, train, unet
-from impl_torch.params import load_params, read_params
+from impl_torch.params import from_tree, load_params, read_params, to_tree
 from impl_torch.schedule import make_schedule
 from spec.backend import Checked, check_open
 from spec.config import Config
@@ -127,11 +127,10 @@ class TorchModel:
     def loss_and_grads(self, x0, t, noise, labels=None, drop=None):
         inputs = self._natives(x0, t, noise, labels, drop)
         loss, grads = train.loss_and_grads(self._model, self.tables, self.config, *inputs)
-        return float(loss), {key: g.cpu().numpy().copy() for key, g in grads.items()}
+        return float(loss), from_tree(grads)
 
     def apply_gradients(self, grads):
-        native = {key: torch.tensor(g, device=self.device) for key, g in grads.items()}
-        train.apply_gradients(self._state, self.config, native)
+        train.apply_gradients(self._state, self.config, to_tree(self._model, grads))
 
     def train_step(self, x0, t, noise, labels=None, drop=None):
         inputs = self._natives(x0, t, noise, labels, drop)
@@ -172,19 +171,12 @@ class TorchModel:
         return read_params(self._model)
 
     def state(self):
-        trees = {part: getattr(self._state, part) for part in ("m", "v", "ema")}
-        copies = {
-            part: {k: a.cpu().numpy().copy() for k, a in tree.items()}
-            for part, tree in trees.items()
-        }
-        return {"step": self._state.step, "params": self.params(), **copies}
+        trees = {part: from_tree(getattr(self._state, part)) for part in ("m", "v", "ema")}
+        return {"step": self._state.step, "params": self.params(), **trees}
 
     def load_state(self, state):
         load_params(self._model, state["params"])
-        trees = (
-            {key: torch.tensor(a, device=self.device) for key, a in state[part].items()}
-            for part in ("m", "v", "ema")
-        )
+        trees = (to_tree(self._model, state[part]) for part in ("m", "v", "ema"))
         self._state = train.State(self._model, *trees, step=state["step"])
 
     def synchronize(self):

@@ -3,17 +3,28 @@
 import numpy as np
 import torch
 
-from impl_torch.unet import UNet
+
+def to_tree(model, params):
+    """Arrays by canonical name -> tensors by that name on the model's device, copied."""
+    like = model.conv_in.bias
+    return {
+        name: torch.tensor(p, dtype=like.dtype, device=like.device) for name, p in params.items()
+    }
+
+
+def from_tree(tree):
+    """Tensors by canonical name -> arrays by that name, copied."""
+    return {name: np.array(p.detach().cpu().numpy(), order="C") for name, p in tree.items()}
 
 
 @torch.no_grad()
-def load_params(model: UNet, params: dict[str, np.ndarray]) -> None:
+def load_params(model, params):
     """Put parameters, by canonical name, into the model; they are copied."""
-    native = dict(model.named_parameters())
-    for name, value in params.items():
-        native[name].copy_(torch.from_numpy(np.asarray(value)))
+    tree = to_tree(model, params)
+    for name, parameter in model.named_parameters():
+        parameter.copy_(tree[name])
 
 
-def read_params(model: UNet) -> dict[str, np.ndarray]:
+def read_params(model):
     """The model's parameters by canonical name, copied."""
-    return {name: p.detach().cpu().numpy().copy() for name, p in model.named_parameters()}
+    return from_tree(dict(model.named_parameters()))

@@ -189,7 +189,9 @@ def unet_outline(source: str) -> list[tuple[str, tuple[str, ...]]]:
             inputs = tuple(a for a in arguments(node) if a not in ("p", "name", "groups"))
             result.append((node.name, inputs))
         elif isinstance(node, ast.ClassDef):
-            methods = {n.name: arguments(n) for n in node.body if isinstance(n, ast.FunctionDef)}
+            functions = [n for n in node.body if isinstance(n, ast.FunctionDef)]
+            properties = [n for n in functions if "property" in map(ast.unparse, n.decorator_list)]
+            methods = {n.name: arguments(n) for n in functions if n not in properties}
             runs = [name for name in ("forward", "call", "__call__") if name in methods]
             parts = [name for name in methods if not name.startswith("_") and name not in runs]
             result += [(name, methods[name]) for name in parts]
