@@ -1,0 +1,6 @@
+"""`python -m impl_jax train|sample`."""
+
+from lab.cli import main
+
+if __name__ == "__main__":
+    main("impl_jax")

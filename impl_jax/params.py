@@ -1,0 +1,43 @@
+"""Canonical names <-> native parameters: Flax keeps linear as IO and convolutions as HWIO."""
+
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+
+def _canonical_name(path):
+    """The canonical name of the parameter at this path of an nnx.State."""
+    *words, part = (str(word) for word in path)
+    return ".".join([*words, "bias" if part == "bias" else "weight"])
+
+
+def to_tree(model, params):
+    """Arrays by canonical name -> an nnx.State of native arrays, copied."""
+    flat = []
+    for path, variable in nnx.to_flat_state(nnx.state(model, nnx.Param)):
+        value = np.asarray(params[_canonical_name(path)])
+        if path[-1] == "kernel":
+            value = value.T if value.ndim == 2 else value.transpose(2, 3, 1, 0)
+        flat.append((path, variable.replace(jnp.array(value, variable.dtype))))
+    return nnx.from_flat_state(flat)
+
+
+def from_tree(tree):
+    """An nnx.State of native arrays -> arrays by canonical name, copied."""
+    params = {}
+    for path, variable in nnx.to_flat_state(tree):
+        value = np.asarray(variable[...])
+        if path[-1] == "kernel":
+            value = value.T if value.ndim == 2 else value.transpose(3, 2, 0, 1)
+        params[_canonical_name(path)] = np.array(value, order="C")
+    return params
+
+
+def load_params(model, params):
+    """Put parameters, by canonical name, into the model; they are copied."""
+    nnx.update(model, to_tree(model, params))
+
+
+def read_params(model):
+    """The model's parameters by canonical name, copied."""
+    return from_tree(nnx.state(model, nnx.Param))

@@ -1,0 +1,209 @@
+"""The protocol of spec/backend.py for TensorFlow: functions are compiled, blocks reached here."""
+
+import contextlib
+import os
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # it reports every GPU library it lacks
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from impl_tf import diffusion, train, unet
+from impl_tf.params import from_tree, load_params, read_params, to_tree
+from impl_tf.schedule import make_schedule
+from spec.backend import Checked, check_open
+from spec.config import Config
+from spec.noise import training_draws
+from spec.params import find_block, initial_params
+
+name = "tensorflow"
+modes = ("compiled", "eager")
+
+
+def open(config: Config, params=None, *, seed=0, dtype="float32", device="auto", mode="compiled"):
+    """A Model with these parameters, or those that the seed gives; compiled: tf.function."""
+    params = check_open(config, params, dtype, device, mode)
+    gpus = tf.config.list_logical_devices("GPU")
+    if device == "cuda" and not gpus:
+        raise ValueError("device = 'cuda': TensorFlow sees no GPU here; use device='cpu' or 'auto'")
+    # float32 means float32: products would use TF32 on a GPU by default
+    tf.config.experimental.enable_tensor_float_32_execution(False)
+    place = "/GPU:0" if gpus and device != "cpu" else "/CPU:0"
+    params = initial_params(config, seed) if params is None else params
+    return Checked(TensorFlowModel(config, params, seed, dtype, place, mode), config, dtype)
+
+
+class TensorFlowModel:
+    """See spec.backend.Model for what each method takes and gives."""
+
+    def __init__(
+        self, config: Config, params, seed: int, dtype: str, place: str, mode: str
+    ) -> None:
+        self.config, self.seed, self.dtype, self.place, self.mode = config, seed, dtype, place, mode
+        with self._placed():
+            self.tables = make_schedule(config)
+            model = unet.UNet(config, dtype)
+            load_params(model, params)
+            self._state = train.init_state(model)
+            self._network = tf.function(model)
+            self._loss_and_grads = tf.function(train.loss_and_grads)
+
+    @property
+    def _model(self) -> unet.UNet:
+        return self._state.model
+
+    @contextlib.contextmanager
+    def _placed(self):
+        """Tensors made here live on the device; in eager mode no tf.function is traced."""
+        before = tf.config.functions_run_eagerly()
+        tf.config.run_functions_eagerly(self.mode == "eager")
+        try:
+            with tf.device(self.place):
+                yield
+        finally:
+            tf.config.run_functions_eagerly(before)
+
+    def _call(self, function, *inputs):
+        """function(*inputs) on tensors of these arrays; NumPy arrays of its own."""
+        with self._placed():
+            inputs = (tf.constant(i) if isinstance(i, np.ndarray) else i for i in inputs)
+            return tf.nest.map_structure(np.array, function(*inputs))
+
+    def schedule(self):
+        return {key: table.numpy().astype(self.dtype) for key, table in self.tables.items()}
+
+    def q_sample(self, x0, t, noise):
+        return self._call(diffusion.q_sample, self.tables, x0, t, noise)
+
+    def target(self, x0, t, noise):
+        return self._call(diffusion.target, self.tables, self.config, x0, t, noise)
+
+    def predict_x0_eps(self, x_t, t, out):
+        return self._call(diffusion.predict_x0_eps, self.tables, self.config, x_t, t, out)
+
+    def ddpm_step(self, x_t, t, out, noise):
+        return self._call(diffusion.ddpm_step, self.tables, self.config, x_t, t, out, noise)
+
+    def ddim_step(self, x_t, t, t_prev, out, noise, eta=0.0):
+        def step(x_t, t, t_prev, out, noise):
+            factors = diffusion.ddim_coefficients(self.tables, t, t_prev, eta)
+            return diffusion.ddim_step(self.tables, self.config, x_t, t, out, noise, factors)
+
+        return self._call(step, x_t, t, t_prev, out, noise)
+
+    def guide(self, out_null, out_label, guidance_scale):
+        return self._call(diffusion.guide, out_null, out_label, guidance_scale)
+
+    def predict(self, x, t, labels=None):
+        return self._call(self._network, x, t, labels)
+
+    def taps(self, x, t, labels=None):
+        seen = {}
+
+        def tap(key, value):
+            seen[key] = value
+            return value
+
+        def record(x, t, labels):
+            self._model(x, t, labels, tap=tap)
+            return seen
+
+        taps = self._call(record, x, t, labels)
+        return {key: taps[key] for key in seen}
+
+    def run_block(self, name, x=None, emb=None, t=None, labels=None):
+        kind, model = find_block(self.config, name).kind, self._model
+
+        def run(x, emb, t, labels):
+            if kind == "time_proj":
+                return tf.gather(model.time_table, t)
+            if kind == "emb":
+                return model.embed(tf.gather(model.time_table, t), labels)
+            if kind == "conv_out":
+                return model.head(x)
+            block = model
+            for part in name.split("."):
+                block = block[int(part)] if part.isdigit() else getattr(block, part)
+            return block(x, emb) if kind == "resnet" else block(x)
+
+        return self._call(run, x, emb, t, labels)
+
+    def loss_and_grads(self, x0, t, noise, labels=None, drop=None):
+        inputs = (self._model, self.tables, self.config, x0, t, noise, labels, drop)
+        loss, grads = self._call(self._loss_and_grads, *inputs)
+        return float(loss), from_tree(grads)
+
+    def apply_gradients(self, grads):
+        with self._placed():
+            train.apply_gradients(self._state, self.config, to_tree(self._model, grads))
+
+    def train_step(self, x0, t, noise, labels=None, drop=None):
+        inputs = (self._state, self.tables, self.config, x0, t, noise, labels, drop)
+        return float(self._call(train.train_step, *inputs))
+
+    def fit(self, images, labels, steps, shared_noise=False):
+        """Train for `steps` steps on images [N, H, W, C] and labels [N]; yields each step's loss.
+
+        Native randomness is keyed by (seed, step), so a run goes on where its state stopped.
+        """
+
+        def draws():
+            first = int(self._state.step)
+            for step in range(first, first + steps):
+                if shared_noise:
+                    drawn = training_draws(self.config, len(images), self.seed, step)
+                    yield [tf.constant(value) for value in drawn]
+                else:
+                    generator = tf.random.Generator.from_key_counter(
+                        self.seed, [step, 0], alg="philox"
+                    )
+                    yield train.draw_batch(self.config, len(images), generator)
+
+        with self._placed():
+            images = tf.constant(images.astype(self.dtype))
+            labels = None if labels is None else tf.constant(labels)
+            run = train.train(self._state, self.tables, self.config, images, labels, draws())
+            for loss in run:
+                yield float(loss)
+
+    def sample(
+        self, x, noise=None, labels=None, *, method="ddpm", steps=None, eta=0.0, guidance_scale=None
+    ):
+        def run(x, noise, labels):
+            shared = (self._network, self.tables, self.config, x, noise, labels, guidance_scale)
+            if method == "ddpm":
+                return diffusion.sample_ddpm(*shared)
+            return diffusion.sample_ddim(*shared, steps, eta)
+
+        noise = np.zeros((steps, 1, 1, 1, 1), x.dtype) if noise is None else noise
+        return self._call(run, x, noise, labels)
+
+    def params(self):
+        return read_params(self._model)
+
+    def state(self):
+        trees = {part: from_tree(getattr(self._state, part)) for part in ("m", "v", "ema")}
+        return {"step": int(self._state.step), "params": self.params(), **trees}
+
+    def load_state(self, state):
+        load_params(self._model, state["params"])
+        for part in ("m", "v", "ema"):
+            for key, value in to_tree(self._model, state[part]).items():
+                getattr(self._state, part)[key].assign(value)
+        self._state.step.assign(state["step"])
+
+    def synchronize(self):
+        """Wait for the device: reading one value of the state ends all that came before it."""
+        tf.test.experimental.sync_devices()
+
+    def describe(self):
+        return {
+            "name": name,
+            "framework": f"tensorflow {tf.__version__}, keras {keras.__version__}",
+            "device": "cpu" if "CPU" in self.place else "gpu",
+            "mode": self.mode,
+            "dtype": self.dtype,
+            "threads": tf.config.threading.get_intra_op_parallelism_threads()
+            or len(os.sched_getaffinity(0)),
+        }

@@ -1,0 +1,111 @@
+"""S2 to S6: noise an image, read the network's output, step back by DDPM and DDIM, guide."""
+
+import tensorflow as tf
+
+from impl_tf.schedule import gather, per_image
+
+
+def q_sample(tables, x0, t, noise):
+    """x_t [B, H, W, C] from x0 and noise of that shape, at times t [B]."""
+    a = gather(tables["sqrt_alphas_cumprod"], t, x0)  # S2
+    b = gather(tables["sqrt_one_minus_alphas_cumprod"], t, x0)
+    return a * x0 + b * noise
+
+
+def target(tables, config, x0, t, noise):
+    """What the network learns to give, [B, H, W, C]: the noise, the image, or v."""
+    if config.prediction == "eps":  # S2
+        return noise
+    if config.prediction == "x0":
+        return x0
+    a = gather(tables["sqrt_alphas_cumprod"], t, x0)
+    b = gather(tables["sqrt_one_minus_alphas_cumprod"], t, x0)
+    return a * noise - b * x0
+
+
+def predict_x0_eps(tables, config, x_t, t, out):
+    """x0 and eps, both [B, H, W, C], from x_t at times t [B] and the network's output."""
+    a = gather(tables["sqrt_alphas_cumprod"], t, x_t)  # S3
+    b = gather(tables["sqrt_one_minus_alphas_cumprod"], t, x_t)
+    if config.prediction == "eps":
+        recip = gather(tables["sqrt_recip_alphas_cumprod"], t, x_t)
+        recipm1 = gather(tables["sqrt_recipm1_alphas_cumprod"], t, x_t)
+        x0, eps = recip * x_t - recipm1 * out, out
+    elif config.prediction == "x0":
+        x0, eps = out, (x_t - a * out) / b
+    else:
+        x0, eps = a * x_t - b * out, a * out + b * x_t
+    if config.clip:
+        x0 = tf.clip_by_value(x0, -1, 1)
+        eps = (x_t - a * x0) / b
+    return x0, eps
+
+
+def ddpm_step(tables, config, x_t, t, out, noise):
+    """x_{t-1} [B, H, W, C] from x_t at times t [B]; noise has no effect where t = 0."""
+    x0, _ = predict_x0_eps(tables, config, x_t, t, out)  # S4
+    coef1 = gather(tables["posterior_mean_coef1"], t, x_t)
+    coef2 = gather(tables["posterior_mean_coef2"], t, x_t)
+    variance = tables["posterior_variance" if config.variance == "small" else "betas"]
+    sigma = gather(tf.sqrt(variance), t, x_t)
+    positive = tf.reshape(t, [-1, 1, 1, 1]) > 0
+    return coef1 * x0 + coef2 * x_t + tf.where(positive, sigma * noise, tf.zeros_like(x_t))
+
+
+def ddim_times(timesteps, steps):
+    """The times [S] that `steps` DDIM steps start from: T-1 first, then down."""
+    return timesteps - 1 - tf.range(steps, dtype=tf.int64) * timesteps // steps  # S5
+
+
+def ddim_coefficients(tables, t, t_prev, eta):
+    """Factors of x0, eps and noise in a step from t [B] to t_prev [B], as [3, B] in float64."""
+    alpha = tf.gather(tables["alphas_cumprod"], t)  # S5
+    alpha_prev = tf.gather(tables["alphas_cumprod_prev"], t_prev + 1)  # 1 where t_prev = -1
+    sigma = eta * tf.sqrt((1 - alpha_prev) / (1 - alpha)) * tf.sqrt(1 - alpha / alpha_prev)
+    radicand = 1 - alpha_prev - sigma**2  # at eta = 1 rounding may take it below 0
+    return tf.stack([tf.sqrt(alpha_prev), tf.sqrt(tf.maximum(radicand, 0)), sigma])
+
+
+def ddim_step(tables, config, x_t, t, out, noise, coefficients):
+    """x [B, H, W, C] at the time that the coefficients [3, B] lead to, from x_t at t [B]."""
+    x0, eps = predict_x0_eps(tables, config, x_t, t, out)  # S5
+    x0_factor, eps_factor, sigma = (per_image(c, x_t) for c in tf.unstack(coefficients))
+    return x0_factor * x0 + eps_factor * eps + sigma * noise
+
+
+def guide(out_null, out_label, guidance_scale):
+    """The guided output [B, H, W, C]: 0 is without label, 1 with it, more is beyond."""
+    return out_null + guidance_scale * (out_label - out_null)  # S6
+
+
+def predict(model, config, x, t, labels, guidance_scale):
+    """The network's output [B, H, W, C], guided unless guidance_scale is None."""
+    if guidance_scale is None:  # S6
+        return model(x, t, labels)
+    null = tf.fill(tf.shape(labels), tf.cast(config.num_classes, labels.dtype))
+    both = model(tf.concat([x, x], 0), tf.concat([t, t], 0), tf.concat([null, labels], 0))
+    return guide(*tf.split(both, 2), guidance_scale)
+
+
+def sample_ddpm(model, tables, config, x, noise, labels, guidance_scale):
+    """Every state from x = x_T [B, H, W, C] down, [T, B, H, W, C], with noise of that shape."""
+    states = []
+    for i in range(config.timesteps):  # S4
+        t = tf.fill([len(x)], config.timesteps - 1 - i)
+        out = predict(model, config, x, t, labels, guidance_scale)
+        x = ddpm_step(tables, config, x, t, out, noise[i])
+        states.append(x)
+    return tf.stack(states)
+
+
+def sample_ddim(model, tables, config, x, noise, labels, guidance_scale, steps, eta):
+    """Every state from x = x_T [B, H, W, C] down, [S, B, H, W, C], in S = steps of T steps."""
+    times = ddim_times(config.timesteps, steps)  # S5
+    coefficients = ddim_coefficients(tables, times, tf.concat([times[1:], [-1]], 0), eta)
+    states = []
+    for i in range(steps):
+        t = tf.fill([len(x)], times[i])
+        out = predict(model, config, x, t, labels, guidance_scale)
+        x = ddim_step(tables, config, x, t, out, noise[i], coefficients[:, i : i + 1])
+        states.append(x)
+    return tf.stack(states)
