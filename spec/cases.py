@@ -166,18 +166,7 @@ def golden_cases(inputs: Inputs) -> list[Case]:
     for name, tree in params.items():
         cases += _network_cases(inputs, name, tree)
     for name, tree in params.items():
-        cases.append(
-            Case(
-                f"L4/{name}/loss_and_grads",
-                "S8",
-                name,
-                "loss_and_grads",
-                _batch(inputs, load_config(name), name, "L4"),
-                {},
-                tree,
-                stride=1 if name == "tiny" else STRIDE,
-            )
-        )
+        cases += _gradient_cases(inputs, name, tree)
     cases += _update_cases(inputs, params["tiny"])
     cases += _trajectory_cases(inputs, params)
     if CHECKPOINT.exists():
@@ -221,10 +210,10 @@ def _step_cases(inputs: Inputs, name: str) -> list[Case]:
     cases.append(case(f"predict_x0_eps_{word}", "S3", "predict_x0_eps", noisy, turned))
     cases.append(case(f"ddpm_step_{word}", "S4", "ddpm_step", {**noisy, "noise": noise}, turned))
     # Row 0 ends; row 1 takes a long step, row 2 one to t-1, row 3 ends from afar, row 4 to 0.
-    middle = _times(config, 0.5, 0.07, 0.8)
-    t_prev = inputs.put(
-        name, "L1/t_prev", np.array([-1, int(0.6 * config.timesteps), middle[2] - 1, -1, 0])
-    )
+    # From 23 to 1 of tiny_uncond, float32 coefficients with eta = 1 take the root of less than 0.
+    middle, long = _times(config, 0.5, 0.07, 0.8), int(0.6 * config.timesteps)
+    long = 1 if name == "tiny_uncond" else long
+    t_prev = inputs.put(name, "L1/t_prev", np.array([-1, long, middle[2] - 1, -1, 0]))
     ddim = {**noisy, "t_prev": t_prev, "noise": noise}
     for eta in (0.0, 0.5, 1.0):
         cases.append(case(f"ddim_step_eta{eta:g}", "S5", "ddim_step", ddim, eta=eta))
@@ -285,6 +274,27 @@ def _network_cases(inputs: Inputs, name: str, params: str) -> list[Case]:
     return [
         Case(f"L3/{name}/predict", "S7", name, "predict", given, {}, params),
         Case(f"L3/{name}/taps", "S7", name, "taps", given, {}, params, stride=stride),
+    ]
+
+
+def _gradient_cases(inputs: Inputs, name: str, params: str) -> list[Case]:
+    """L4: loss and gradients. Those of `tiny` tell S8 from the dropout of labels, which is S6's."""
+    config = load_config(name)
+
+    def case(what: str, clause: str, given: dict, stride: int = STRIDE) -> Case:
+        return Case(
+            f"L4/{name}/{what}", clause, name, "loss_and_grads", given, {}, params, stride=stride
+        )
+
+    batch = _batch(inputs, config, name, "L4")
+    if name != "tiny":
+        return [case("loss_and_grads", "S8", batch)]
+    again = _batch(inputs, config, name, "L4/again")
+    kept, other = ({k: v for k, v in b.items() if k != "drop"} for b in (batch, again))
+    return [
+        case("loss_and_grads", "S8", kept, stride=1),
+        case("loss_and_grads_again", "S8", other),  # the same model, asked a second time
+        case("loss_and_grads_dropped", "S6", batch),
     ]
 
 
@@ -379,16 +389,19 @@ def _trajectory_cases(inputs: Inputs, params: dict[str, str]) -> list[Case]:
         )
 
     ddim: dict[str, Any] = {"method": "ddim"}
+    # Those of S4 and S5 come first: a fault of theirs shows in what S6 guides, too.
     return [
         case("ddpm", "tiny_uncond", 24, False, 11, method="ddpm"),
-        case("ddim", "tiny", 5, True, 12, **ddim, eta=0.0),
-        case("ddim_guided", "tiny", 7, True, 13, **ddim, eta=0.0, guidance_scale=1.5),
-        case("ddim_guided_eta", "tiny", 7, True, 14, **ddim, eta=0.7, guidance_scale=3.0),
-        case("ddim_eta1", "tiny_v", 6, True, 15, **ddim, eta=1.0),
-        case("ddpm_guided", "tiny_x0", 20, True, 16, method="ddpm", guidance_scale=1.5),
+        case("ddim", "tiny", 7, True, 12, **ddim, eta=0.0),  # 1000 / 7 is not whole
+        # Of 4000 times in 3 steps, float32 coefficients take the root of less than 0.
+        case("ddim_eta1", "tiny_v", 3, True, 15, **ddim, eta=1.0),
         case("ddim_every_t", "tiny_x0", 20, True, 17, **ddim, eta=0.0),
         case("ddpm_T2", "tiny_x0", 2, True, 18, {"timesteps": 2}, method="ddpm"),
         case("ddim_T1", "tiny_x0", 1, True, 19, {"timesteps": 1}, **ddim, eta=1.0),
+        case("ddim_guided", "tiny", 7, True, 13, **ddim, eta=0.0, guidance_scale=1.5),
+        case("ddim_guided_0", "tiny", 5, True, 20, **ddim, eta=0.0, guidance_scale=0.0),
+        case("ddim_guided_eta", "tiny", 7, True, 14, **ddim, eta=0.7, guidance_scale=3.0),
+        case("ddpm_guided", "tiny_x0", 20, True, 16, method="ddpm", guidance_scale=1.5),
     ]
 
 
