@@ -41,6 +41,21 @@ class Outcome:
 class _Held:
     model: Any
     changed: bool = False  # its training state is no longer that of `open`
+    handed: list[tuple[str, str, np.ndarray, bytes]] = dataclasses.field(default_factory=list)
+
+    def hand(self, call: str, trees: Mapping[str, Arrays]) -> None:
+        """Remember arrays that a call was given, to see later whether the model works in them."""
+        named = _flat(trees)
+        self.handed += [(call, name, array, array.tobytes()) for name, array in named]
+
+    def check_handed(self) -> None:
+        """Raise Fault where an array that was handed over is no longer what it was."""
+        for call, name, array, before in self.handed:
+            if array.tobytes() != before:
+                raise Fault(
+                    f"{call} was given {name}, and the model changed that array in place, then or "
+                    "in a later update; keep a copy"
+                )
 
 
 class Session:
@@ -87,12 +102,22 @@ class Session:
         tree = self._tree(str(case.params), given) if tree is None else tree
         return {name: value.astype(self.dtype) for name, value in tree.items()}
 
-    def open(self, case: Case, given: Mapping[str, np.ndarray]) -> Any:
-        """A new model for the case."""
+    def _open(self, case: Case, given: Mapping[str, np.ndarray]) -> _Held:
         params = None if case.params is None else self.initial(case, given)
-        return self.backend.open(
+        held = _Held(None)
+        held.hand("open", {"params": params or {}})
+        held.model = self.backend.open(
             case.config, params, seed=0, dtype=self.dtype, device=self.device, mode=self.mode
         )
+        held.check_handed()
+        return held
+
+    def _load(self, held: _Held, state: Mapping[str, Any]) -> None:
+        """Load a copy of the state, and remember that copy."""
+        copy = _copied(state)
+        held.hand("load_state", {part: copy[part] for part in STATE_PARTS})
+        method(held.model, "load_state")(copy)
+        held.check_handed()
 
     def _tree(self, reference: str, given: Mapping[str, np.ndarray]) -> Arrays:
         stem, _, prefix = reference.partition(":")
@@ -112,18 +137,20 @@ class Session:
     def _run(self, case: Case, key: tuple, given: Mapping[str, np.ndarray]) -> Arrays:
         held = self._held.get(key)
         if held is None:
-            held = self._held[key] = _Held(self.open(case, given))
+            held = self._held[key] = self._open(case, given)
         elif held.changed:
             held = self._held[key] = self._reset(case, held, given)
         model = held.model
         self.describe = described(model)
         if case.call == "apply_gradients":
             held.changed = True
-            return self._apply_gradients(model, case, given)
+            return self._apply_gradients(held, case, given)
         arguments = {name: self._array(ref, given) for name, ref in case.inputs.items()}
         if case.call == "train_steps":
             held.changed = True
-            return self._train_steps(model, case, arguments, given)
+            results = self._train_steps(model, case, arguments, given)
+            held.check_handed()
+            return results
         value = guarded(model, case.call, arguments, case.options)
         return named_results(case.call, value, arguments)
 
@@ -133,11 +160,12 @@ class Session:
         zeros = {name: np.zeros_like(value) for name, value in start.items()}
         state: dict[str, Any]
         state = {"step": 0, "params": start, "m": zeros, "v": zeros, "ema": start}
+        again = _Held(held.model)
         try:
-            method(held.model, "load_state")(_copied(state))
+            self._load(again, state)
             now = read_state(held.model, case, self.dtype, 0)
         except NotImplementedError:
-            return _Held(self.open(case, given))
+            return self._open(case, given)
         for part in STATE_PARTS:
             for name, value in now[part].items():
                 if value.tobytes() != state[part][name].tobytes():
@@ -145,9 +173,10 @@ class Session:
                         f"load_state, then state: {part}[{name}] is not what was loaded; state "
                         "must give back every part exactly"
                     )
-        return _Held(held.model)
+        return again
 
-    def _apply_gradients(self, model: Any, case: Case, given: Mapping[str, np.ndarray]) -> Arrays:
+    def _apply_gradients(self, held: _Held, case: Case, given: Mapping[str, np.ndarray]) -> Arrays:
+        model = held.model
         options = dict(case.options)
         start = self.initial(case, given)
         first = int(options.get("step", 0))
@@ -158,11 +187,13 @@ class Session:
                 for part in ("m", "v")
             )
             state = {"step": first, "params": start, "m": m, "v": v, "ema": start}
-            method(model, "load_state")(_copied(state))
+            self._load(held, state)
         for label in options["sequence"]:
             grads = self._cast_tree(case.inputs[f"grads/{label}"], given)
+            held.hand("apply_gradients", {"grads": grads})
             if guarded(model, "apply_gradients", {"grads": grads}, {}) is not None:
                 raise Fault("apply_gradients gave something back; expected None")
+        held.check_handed()
         state = read_state(model, case, self.dtype, first + len(options["sequence"]))
         return changes(state, start)
 

@@ -116,7 +116,7 @@ def opener(model_class):
         if device == "cuda":
             raise ValueError("device = 'cuda' is not on this machine")
         params = initial_params(config, seed) if params is None else params
-        return model_class(config, {k: v.astype(dtype) for k, v in params.items()}, dtype)
+        return model_class(config, {k: np.asarray(v, dtype) for k, v in params.items()}, dtype)
 
     return open_model
 

@@ -199,6 +199,47 @@ class SharedState(Fake):
         return self.kept
 
 
+class TrainsInPlace(Fake):
+    """Updates its parameters where they stand."""
+
+    def apply_gradients(self, grads):
+        before = self.now["params"]
+        super().apply_gradients(grads)
+        for name, value in self.now["params"].items():
+            before[name][...] = value
+        self.now["params"] = before
+
+
+class KeepsTheOpened(TrainsInPlace):
+    def __init__(self, config, params, dtype):
+        super().__init__(config, params, dtype)
+        self.now["params"] = dict(params)
+
+
+class KeepsTheLoaded(TrainsInPlace):
+    def load_state(self, state):
+        super().load_state(state)
+        self.now["params"] = dict(state["params"])
+
+
+class KeepsGradients(Fake):
+    """Takes the first gradients for its m, and goes on in that array."""
+
+    kept = None
+
+    def apply_gradients(self, grads):
+        if self.kept is not None:
+            self.kept["conv_in.bias"] *= 0.9
+        super().apply_gradients(grads)
+        self.kept = self.kept or grads
+
+
+class ScalesTheOpened(Fake):
+    def __init__(self, config, params, dtype):
+        params["conv_in.bias"] *= 2
+        super().__init__(config, params, dtype)
+
+
 class ForgetsM(Fake):
     def load_state(self, state):
         moments = self.now["m"]
@@ -240,6 +281,31 @@ def test_a_state_that_is_not_put_back_is_named(goldens):
     result = verdict(ForgetsM, goldens, "L5/tiny/train_steps", then="L5/tiny/apply")
     assert result.status == "fault"
     assert "load_state, then state: m[" in result.message
+
+
+@pytest.mark.parametrize(
+    ("model", "first", "case_id", "text"),
+    [
+        (KeepsTheOpened, None, "L5/tiny/train_steps", "open was given params["),
+        (KeepsTheOpened, None, "L5/tiny/apply", "open was given params["),
+        (ScalesTheOpened, None, "L3/tiny/predict", "open was given params[conv_in.bias]"),
+        (KeepsTheLoaded, None, "L5/tiny/apply_later", "load_state was given params["),
+        (KeepsTheLoaded, "L5/tiny/apply", "L5/tiny/train_steps", "load_state was given params["),
+        (KeepsGradients, None, "L5/tiny/apply", "apply_gradients was given grads[conv_in.bias]"),
+    ],
+)
+def test_a_model_that_works_in_the_arrays_it_was_given_is_named(
+    goldens, model, first, case_id, text
+):
+    result = verdict(model, goldens, case_id, then=first)
+    assert result.status == "fault"
+    assert text in result.message
+    assert "keep a copy" in result.message
+
+
+def test_a_model_that_works_in_arrays_of_its_own_is_right(goldens):
+    for case_id in ("L5/tiny/apply", "L5/tiny/apply_later", "L5/tiny/train_steps"):
+        assert verdict(TrainsInPlace, goldens, case_id, then="L5/tiny/apply").ok
 
 
 class Raises(Fake):
