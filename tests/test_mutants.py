@@ -9,17 +9,18 @@ import pytest
 from conformance.mutants import (
     Mutant,
     MutantError,
+    fit_of_copy,
     golden_cases,
     load_mutants,
     mutated,
     run_copy,
     try_mutant,
 )
-from conformance.mutants.engine import IMPLS, copied
+from conformance.mutants.engine import FIT, IMPLS, copied
 from spec.goldens import Goldens
 
 MUTANTS = [mutant for impl in IMPLS for mutant in load_mutants(impl)]
-CLAUSES = {f"S{number}" for number in range(1, 10)}
+CLAUSES = {f"S{number}" for number in range(1, 11)}
 LEAST = 60  # over all implementations
 
 
@@ -42,6 +43,12 @@ def faultless(impl: str, dtype: str) -> tuple[list[str], list[str]]:
     return [result.case.id for result in results], [r.case.id for r in results if not r.ok]
 
 
+@functools.cache
+def faultless_fit(impl: str) -> str | None:
+    """What the check of fit says of a copy without any fault."""
+    return fit_of_copy(impl)
+
+
 def parameter(mutant: Mutant):
     """The mutant under its name; one that is pending must fail, and only by its verdict."""
     pending = pytest.mark.xfail(strict=True, raises=AssertionError, reason=mutant.pending)
@@ -53,6 +60,10 @@ def parameter(mutant: Mutant):
 def test_the_fault_is_caught_where_it_is(mutant):
     if mutant.impl == "torch":
         pytest.importorskip("torch").set_num_threads(1)
+    if mutant.clause == FIT:
+        assert faultless_fit(mutant.impl) is None
+        assert try_mutant(mutant, goldens()).problem is None, mutant.fault
+        return
     ran, failed = faultless(mutant.impl, mutant.dtype)
     assert ran
     assert not failed, "the implementation fails without any fault, so a kill shows nothing"
@@ -61,7 +72,7 @@ def test_the_fault_is_caught_where_it_is(mutant):
     assert verdict.margin > 1
 
 
-def test_there_are_many_and_every_clause_that_goldens_check_has_some():
+def test_there_are_many_and_every_clause_that_is_checked_has_some():
     sure = [mutant for mutant in MUTANTS if not mutant.pending]
     assert len(sure) >= LEAST
     for impl in IMPLS:
@@ -117,6 +128,13 @@ def test_a_change_without_effect_survives():
     verdict = try_mutant(same, goldens())
     assert not verdict.killed
     assert verdict.problem == "survived: every case passed"
+
+
+def test_a_fault_that_fit_does_not_show_survives():
+    same = a_mutant(old="return a * x0 + b * noise", new="return b * noise + a * x0", clause=FIT)
+    verdict = try_mutant(same, goldens())
+    assert verdict.problem == "survived: the check of fit passed"
+    assert (verdict.case, verdict.margin) == ("", 0.0)
 
 
 def test_a_wrong_expectation_is_told():

@@ -10,11 +10,13 @@ from rich.table import Table
 from rich.text import Text
 
 from conformance.mutants.engine import (
+    FIT,
     IMPLS,
     Mutant,
     MutantError,
     Verdict,
     figures,
+    fit_of_copy,
     load_mutants,
     narrowest,
     run_copy,
@@ -102,6 +104,8 @@ def mutants(
                 failed = [
                     result.case.id for result in run_copy(one, goldens, column) if not result.ok
                 ]
+                if (one, FIT) in {(m.impl, m.clause) for m in chosen} and fit_of_copy(one):
+                    failed.append("the check of fit")
                 if failed:
                     raise MutantError(
                         f"impl_{one} without any fault fails {', '.join(failed)} in {column}; "

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
 
+from conformance.mutants.fit import problem_of_fit
 from conformance.process import ROOT
 from conformance.runner import Result, check, finish, in_column
 from spec.goldens import Case, Goldens
@@ -22,6 +23,7 @@ HERE = Path(__file__).resolve().parent
 IMPLS = tuple(sorted(path.stem for path in HERE.glob("*.toml")))  # those that have mutants
 CONFIGS = "tiny"  # the names of the configs that mutants run on start so: larger ones take long
 STATUSES = ("failed", "fault", "error")
+FIT = "S10"  # the clause of faults in what `fit` draws: no golden case calls it, a check does
 
 
 class MutantError(ValueError):
@@ -47,32 +49,33 @@ class Mutant:
 
 @dataclasses.dataclass(frozen=True)
 class Verdict:
-    """What the golden cases said of a mutant."""
+    """What the golden cases said of a mutant, or the check of `fit` for one of clause S10."""
 
     mutant: Mutant
     dtype: str
     result: Result | None = None  # of the first case that failed, in the order of the levels
     block: str | None = None  # the first block that the failures of that level name
+    told: str | None = None  # by the check of `fit`
 
     @property
     def killed(self) -> bool:
-        return self.result is not None
+        return self.result is not None or self.told is not None
 
     @property
     def case(self) -> str:
-        """Id of the first case that failed."""
-        return self.result.case.id if self.result else ""
+        """Id of the first case that failed; "fit" for its check."""
+        return self.result.case.id if self.result else "fit" if self.told else ""
 
     @property
     def clause(self) -> str:
         """The clause of that case: where the diagnosis sends the author."""
-        return self.result.case.clause if self.result else ""
+        return self.result.case.clause if self.result else FIT if self.told else ""
 
     @property
     def margin(self) -> float:
-        """error / tolerance there; infinite for NaN, a wrong shape or dtype, an exception."""
+        """error / tolerance there; infinite for NaN, wrong shapes or dtypes, exceptions, `fit`."""
         if self.result is None:
-            return 0.0
+            return math.inf if self.told else 0.0
         if self.result.status != "failed" or self.result.ratio is None:
             return math.inf
         return self.result.ratio
@@ -80,8 +83,11 @@ class Verdict:
     @property
     def problem(self) -> str | None:
         """Why this is not the verdict that the mutant asks for; None where it is."""
+        if self.told:
+            return None
         if self.result is None:
-            return "survived: every case passed"
+            what = "the check of fit" if self.mutant.clause == FIT else "every case"
+            return f"survived: {what} passed"
         if self.clause != self.mutant.clause:
             return f"caught at {self.clause} by {self.case}; expected {self.mutant.clause}"
         if self.result.status != self.mutant.status:
@@ -206,6 +212,13 @@ def results_on(module: ModuleType, goldens: Goldens, dtype: str) -> Iterator[Res
         yield from check(module, [dtype], cases, goldens=goldens, mode="eager")
 
 
+def fit_of_copy(impl: str, mutant: Mutant | None = None) -> str | None:
+    """What the check of `fit` says of a copy; None where nothing is wrong."""
+    with copied(impl, mutant) as module, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return problem_of_fit(module)
+
+
 def run_copy(impl: str, goldens: Goldens, dtype: str) -> list[Result]:
     """The results of every case on a copy without any fault."""
     with copied(impl) as module:
@@ -216,9 +229,12 @@ def try_mutant(mutant: Mutant, goldens: Goldens, dtype: str | None = None) -> Ve
     """Run the cases on the mutant, in its own column or another, until the verdict is known.
 
     That is at the first failure; where a block is to be named, the level of the first failure is
-    run until a failure names one. Raises MutantError for a mutant that cannot be made.
+    run until a failure names one. A mutant of clause S10 is held to the check of `fit` instead, in
+    float64. Raises MutantError for a mutant that cannot be made.
     """
     dtype, first = dtype or mutant.dtype, None
+    if mutant.clause == FIT:
+        return Verdict(mutant, dtype, told=fit_of_copy(mutant.impl, mutant))
     with copied(mutant.impl, mutant) as module:
         for result in results_on(module, goldens, dtype):
             if first and result.case.level != first.case.level:

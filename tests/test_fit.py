@@ -1,0 +1,63 @@
+"""`fit` of the implementations: the shared stream's draws step by step, native draws by frequency.
+
+The faults that this must notice are the mutants of clause S10, in tests/test_mutants.py.
+"""
+
+import importlib
+
+import numpy as np
+import pytest
+
+from conformance.mutants.fit import (
+    _frequency_problem,
+    _normal_problem,
+    _rate_problem,
+    problem_of_fit,
+    problem_of_seeds,
+)
+
+IMPLS = ("numpy", "torch")
+TORCH = pytest.param(
+    "torch",
+    marks=pytest.mark.xfail(
+        strict=True,
+        raises=AssertionError,
+        reason="a torch generator of the CPU takes the low 32 bits of seed * 2**32 + step",
+    ),
+)
+
+
+def package(impl):
+    if impl == "torch":
+        pytest.importorskip("torch").set_num_threads(1)
+    return importlib.import_module(f"impl_{impl}")
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_fit_draws_and_trains_as_it_should(impl):
+    real = importlib.import_module(f"{package(impl).__name__}.train").train_step
+    assert problem_of_fit(package(impl)) is None
+    assert importlib.import_module(f"impl_{impl}.train").train_step is real
+
+
+@pytest.mark.parametrize("impl", ["numpy", TORCH])
+def test_native_draws_differ_between_seeds(impl):
+    assert problem_of_seeds(package(impl)) is None
+
+
+def test_frequencies_that_are_wrong_are_told():
+    generator = np.random.Generator(np.random.Philox(0))
+    t = generator.integers(10, size=2400)
+    assert _frequency_problem("times", t, 10) is None
+    assert "0 to 9 were drawn; expected 0..8" in _frequency_problem("times", t, 9)
+    assert "10 of the times was drawn 0.000" in _frequency_problem("times", t, 11)
+    assert _rate_problem("a drop", t < 2, 0.2) is None
+    assert "expected 0.800" in _rate_problem("a drop", t < 2, 0.8)
+
+
+def test_noise_that_is_not_normal_is_told():
+    noise = np.random.Generator(np.random.Philox(1)).normal(size=(500, 4, 6, 2))
+    assert _normal_problem(noise) is None
+    assert "variance" in _normal_problem(noise * 1.1)
+    assert "mean 0.1" in _normal_problem(noise + 0.1)
+    assert "same noise" in _normal_problem(np.concatenate([noise, noise[:1]]))
