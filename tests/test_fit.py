@@ -11,6 +11,7 @@ import pytest
 from conformance.mutants.fit import (
     _frequency_problem,
     _normal_problem,
+    _overlap,
     _rate_problem,
     problem_of_fit,
     problem_of_seeds,
@@ -53,6 +54,14 @@ def test_frequencies_that_are_wrong_are_told():
     assert "10 of the times was drawn 0.000" in _frequency_problem("times", t, 11)
     assert _rate_problem("a drop", t < 2, 0.2) is None
     assert "expected 0.800" in _rate_problem("a drop", t < 2, 0.8)
+
+
+def test_noise_that_comes_again_elsewhere_is_seen():
+    noise = np.random.Generator(np.random.Philox(2)).normal(size=(8, 2, 2, 2))
+    one, shifted, other = ([None, None, n] for n in (noise, np.roll(noise, 4), noise + 1e-3))
+    assert _overlap(one, one)
+    assert _overlap(one, shifted)
+    assert not _overlap(one, other)
 
 
 def test_noise_that_is_not_normal_is_told():
