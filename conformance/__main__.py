@@ -2,6 +2,7 @@
 
 import signal
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Annotated
 
@@ -11,10 +12,12 @@ from conformance import bench, lines, samples, show
 from conformance.process import ROOT, CannotStart, Impl, Setup
 from conformance.reports import Report, write_all
 from conformance.runner import (
+    Column,
     Plan,
     Suite,
     UsageError,
     check_dtypes,
+    check_jobs,
     check_threads,
     in_column,
     parse_impl,
@@ -122,6 +125,9 @@ def run(
     goldens: GoldensFolder = GOLDENS,
     timeout: Timeout = 300.0,
     threads: Threads = None,
+    jobs: Annotated[
+        int | None, typer.Option(help="Columns checked at a time; default: 2, or 1 on one core.")
+    ] = None,
 ) -> None:
     """Check backends against the goldens; then time them and sample digits."""
     out = show.console()
@@ -134,10 +140,11 @@ def run(
             raise UsageError(f"--timing-batch {timing_batch} is outside 1..65536; choose one")
         if not 1 <= rounds <= 1000:
             raise UsageError(f"--rounds {rounds} is outside 1..1000; choose one inside")
+        jobs = check_jobs(jobs)
         configs = bench.timing_configs(timing_config)
         plan = _plan(impl, dtype, device, mode, level, case, threads, timeout, goldens)
         with Suite(plan) as suite:
-            report = _run(suite, watch)
+            report = _run(suite, watch, jobs)
             if with_timing:
                 failed = {c.backend: "conformance did not pass" for c in report.columns if not c.ok}
                 with watch.steps("timing") as seen:
@@ -154,22 +161,30 @@ def run(
     raise typer.Exit(0 if report.ok else 1)
 
 
-def _run(suite: Suite, watch: show.Watch) -> Report:
-    """Start every worker, so that what is missing is told at once; then run column by column."""
+def _run(suite: Suite, watch: show.Watch, jobs: int) -> Report:
+    """Start every worker, which tells what is missing; then run `jobs` columns at a time."""
     with watch.steps("starting") as seen:
         for impl in suite.plan.impls:
             for dtype in suite.plan.dtypes:
                 seen(f"{impl.name} {dtype}")
                 suite.worker(impl, dtype).start()
-    report = Report(suite.plan, [])
-    for impl in suite.plan.impls:
-        for dtype in suite.plan.dtypes:
-            name, total = f"{impl.name} {dtype}", len(in_column(suite.plan.cases, dtype))
-            with watch.column(name, total) as judged:
-                report.columns.append(suite.run_column(impl, dtype, judged))
+    plan, asked = suite.plan, []
+    for impl in plan.impls:
+        asked += [(impl, dtype) for dtype in plan.dtypes]
+    with watch.columns() as follow, ThreadPoolExecutor(min(jobs, len(asked))) as pool:
+
+        def run_column(impl: Impl, dtype: str) -> Column:
+            with follow(f"{impl.name} {dtype}", len(in_column(plan.cases, dtype))) as seen:
+                column = suite.run_column(impl, dtype, seen)
             if dtype != bench.DTYPE:
                 suite.worker(impl, dtype).close()  # timing and samples need the others only
-    return report
+            return column
+
+        try:
+            return Report(plan, list(pool.map(run_column, *zip(*asked, strict=True))))
+        except BaseException:
+            suite.stop()  # a pool waits for its threads, and they wait for their workers
+            raise
 
 
 def _samples(suite: Suite, watch: show.Watch, report: Report, folder: Path) -> None:

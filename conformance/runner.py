@@ -7,6 +7,7 @@ import functools
 import math
 import os
 import tempfile
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -129,6 +130,14 @@ def check_threads(threads: int | None) -> int:
     if threads is not None and not 1 <= threads <= cores:
         raise UsageError(f"--threads {threads} is outside 1..{cores}, the cores available here")
     return threads or cores
+
+
+def check_jobs(jobs: int | None) -> int:
+    """The number of columns at a time. Raises UsageError for more than cores, or none."""
+    cores = available_cores()
+    if jobs is not None and not 1 <= jobs <= cores:
+        raise UsageError(f"--jobs {jobs} is outside 1..{cores}, the cores available here")
+    return jobs or min(2, cores)
 
 
 def available_cores() -> int:
@@ -271,14 +280,20 @@ class Suite:
         self.folder = Path(self._folder.name)
         self.workers: dict[tuple[str, str], WorkerProcess] = {}
         self.passed: set[tuple[str, str, int, str]] = set()  # backend, dtype, start, case id
+        self.stopped = threading.Event()
 
     def __enter__(self) -> "Suite":
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.stop()
+        self._folder.cleanup()
+
+    def stop(self) -> None:
+        """End every worker; a column that is running ends with its case."""
+        self.stopped.set()
         for worker in self.workers.values():
             worker.close()
-        self._folder.cleanup()
 
     def worker(self, impl: Impl, dtype: str) -> WorkerProcess:
         """The worker of this backend and dtype."""
@@ -345,6 +360,8 @@ class Suite:
         column.hello = worker.start()
         column.versions = column.hello.get("versions", {})
         for case in column.selected:
+            if self.stopped.is_set():
+                raise RuntimeError(f"{impl.name} {dtype} was stopped before {case.id}")
             result, reply = self._judged(impl, dtype, case)
             column.results.append(result)
             column.describe = reply.get("describe") or column.describe

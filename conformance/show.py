@@ -1,6 +1,7 @@
 """Prints a run: progress, the matrix, a panel for each failure, tables of timing and of lines."""
 
 import contextlib
+import functools
 import sys
 from collections.abc import Callable, Iterator, Sequence
 
@@ -23,6 +24,7 @@ from conformance.reports import (
 )
 from conformance.runner import Column, Result
 
+Following = contextlib.AbstractContextManager[Callable[[Result], None]]
 PANELS = 5  # printed for each backend; all are in the reports
 PLAIN_WIDTH = 120  # columns where the output is no terminal
 
@@ -41,13 +43,21 @@ class Watch:
         self.out = out
 
     @contextlib.contextmanager
-    def column(self, name: str, total: int) -> Iterator[Callable[[Result], None]]:
-        """Follows the cases of one column."""
+    def columns(self) -> Iterator[Callable[[str, int], Following]]:
+        """Follows columns that run beside each other: gives what follows one of a name and size."""
         if self.out.is_terminal:
             with self._bar() as bar:
-                task = bar.add_task(name, total=total, now="")
-                yield lambda result: bar.update(task, advance=1, now=result.case.id)
-            return
+                yield functools.partial(self._barred, bar)
+        else:
+            yield self._written
+
+    @contextlib.contextmanager
+    def _barred(self, bar: Progress, name: str, total: int) -> Iterator[Callable[[Result], None]]:
+        task = bar.add_task(name, total=total, now="")
+        yield lambda result: bar.update(task, advance=1, now=result.case.id)
+
+    @contextlib.contextmanager
+    def _written(self, name: str, total: int) -> Iterator[Callable[[Result], None]]:
         failed = 0
 
         def seen(result: Result) -> None:

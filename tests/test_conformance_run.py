@@ -505,3 +505,28 @@ name, modes, open = "wrong", ("eager",), opener(Wrong)
         "likely cause: the first cause",
     ):
         assert part in text, text
+
+
+def test_a_stopped_run_ends_its_workers_and_starts_no_other(goldens, place):
+    plan = plan_of(goldens, add(place, "good", GOOD))
+    with Suite(plan) as suite:
+        with pytest.raises(RuntimeError, match="was stopped before"):
+            suite.run_column(plan.impls[0], "float32", lambda result: suite.stop())
+        worker = suite.worker(plan.impls[0], "float32")
+        assert worker.starts == 1
+
+
+@pytest.mark.parametrize("jobs", [["--jobs=1"], []])
+def test_columns_stand_in_the_order_asked_for_however_many_run_at_a_time(goldens, place, jobs):
+    names = [add(place, f"good{i}", GOOD) for i in range(2)]
+    done = conformance(goldens, *jobs, "--level=1", "--reports=reports", impl=names)
+    assert done.exit_code == 0, done.output
+    report = json.loads(Path("reports/conformance.json").read_text("utf-8"))
+    columns = [(column["backend"], column["dtype"]) for column in report["columns"]]
+    assert columns == [(name, dtype) for name in names for dtype in ("float64", "float32")]
+
+
+def test_more_columns_at_a_time_than_cores_are_refused(goldens, place):
+    done = conformance(goldens, "--jobs=1000", impl=[add(place, "good", GOOD)])
+    assert done.exit_code == 2
+    assert "--jobs 1000 is outside 1.." in done.output
