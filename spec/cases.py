@@ -127,7 +127,14 @@ def _times(config: Config, *middle: float) -> np.ndarray:
     return np.array([0, last, *(int(f * last) for f in middle)])
 
 
-def _batch(inputs: Inputs, config: Config, stem: str, key: str, count: int = 0) -> dict[str, str]:
+def _batch(
+    inputs: Inputs,
+    config: Config,
+    stem: str,
+    key: str,
+    count: int = 0,
+    labels: tuple[int, ...] | None = None,
+) -> dict[str, str]:
     """References of x0, t, noise, labels and drop of one batch, or of `count` of them."""
     lead = (count,) if count else ()
     shape = (*lead, B, *config.image_shape)
@@ -140,9 +147,9 @@ def _batch(inputs: Inputs, config: Config, stem: str, key: str, count: int = 0) 
     }
     if config.num_classes:
         null = config.num_classes
-        labels = np.stack([np.roll([null - 1, null, (2 + i) % null], i) for i in range(count or 1)])
+        turn = [np.roll(labels or [null - 1, null, (2 + i) % null], i) for i in range(count or 1)]
         drop = np.stack([np.roll([False, False, True], i) for i in range(count or 1)])
-        given["labels"] = inputs.put(stem, f"{key}/labels", labels if count else labels[0])
+        given["labels"] = inputs.put(stem, f"{key}/labels", np.stack(turn) if count else turn[0])
         given["drop"] = inputs.put(stem, f"{key}/drop", drop if count else drop[0])
     return given
 
@@ -289,11 +296,12 @@ def _gradient_cases(inputs: Inputs, name: str, params: str) -> list[Case]:
     batch = _batch(inputs, config, name, "L4")
     if name != "tiny":
         return [case("loss_and_grads", "S8", batch)]
-    again = _batch(inputs, config, name, "L4/again")
+    again = _batch(inputs, config, name, "L4/again", labels=(2, config.num_classes, 2))
     kept, other = ({k: v for k, v in b.items() if k != "drop"} for b in (batch, again))
     return [
         case("loss_and_grads", "S8", kept, stride=1),
-        case("loss_and_grads_again", "S8", other),  # the same model, asked a second time
+        # The same model is asked a second time, with a label that two rows share.
+        case("loss_and_grads_again", "S8", other),
         case("loss_and_grads_dropped", "S6", batch),
     ]
 
