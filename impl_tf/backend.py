@@ -155,9 +155,9 @@ class TensorFlowModel:
                     drawn = training_draws(self.config, len(images), self.seed, step)
                     yield [tf.constant(value) for value in drawn]
                 else:
-                    generator = tf.random.Generator.from_key_counter(
-                        self.seed, [step, 0], alg="philox"
-                    )
+                    # the step counts in the high word: in the low one, steps would overlap
+                    counter = [0, step]
+                    generator = tf.random.Generator.from_key_counter(self.seed, counter, "philox")
                     yield train.draw_batch(self.config, len(images), generator)
 
         with self._placed():

@@ -148,7 +148,9 @@ class TorchModel:
                 if shared_noise:
                     yield self._natives(*training_draws(self.config, len(images), self.seed, step))
                 else:
-                    generator.manual_seed(self.seed * 2**32 + step)
+                    # mixed into 32 bits: a generator of the CPU reads no more of its seed
+                    mixed = np.random.SeedSequence([self.seed, step]).generate_state(1)
+                    generator.manual_seed(int(mixed[0]))
                     yield train.draw_batch(self.config, len(images), generator)
 
         images, labels = self._natives(images, labels)
