@@ -16,7 +16,8 @@ from typing import Any, TextIO
 from safetensors.numpy import load_file, save_file
 
 PROTOCOL = 1
-VERSIONS = ("numpy", "torch", "tensorflow", "keras", "jax", "jaxlib", "flax", "safetensors")
+FRAMEWORKS = ("torch", "tensorflow", "tensorflow-cpu", "keras", "jax", "jaxlib", "flax")
+VERSIONS = ("numpy", *FRAMEWORKS, "safetensors")
 
 
 def take_streams() -> tuple[TextIO, TextIO]:
