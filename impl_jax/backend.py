@@ -48,13 +48,8 @@ class JaxModel:
     """See spec.backend.Model for what each method takes and gives."""
 
     def __init__(self, config: Config, params, seed: int, dtype, device, mode: str) -> None:
-        self.config, self.seed, self.dtype, self.device, self.mode = (
-            config,
-            seed,
-            dtype,
-            device,
-            mode,
-        )
+        self.config, self.seed, self.dtype = config, seed, dtype
+        self.device, self.mode = device, mode
         self.tables = make_schedule(config)
         with self._placed():
             model = nnx.eval_shape(lambda: unet.UNet(config, dtype))

@@ -40,7 +40,8 @@ class TensorFlowModel:
     def __init__(
         self, config: Config, params, seed: int, dtype: str, place: str, mode: str
     ) -> None:
-        self.config, self.seed, self.dtype, self.place, self.mode = config, seed, dtype, place, mode
+        self.config, self.seed, self.dtype = config, seed, dtype
+        self.place, self.mode = place, mode
         with self._placed():
             self.tables = make_schedule(config)
             model = unet.UNet(config, dtype)

@@ -33,13 +33,8 @@ class TorchModel:
     """See spec.backend.Model for what each method takes and gives."""
 
     def __init__(self, config, params, seed: int, dtype: torch.dtype, device, mode: str) -> None:
-        self.config, self.seed, self.dtype, self.device, self.mode = (
-            config,
-            seed,
-            dtype,
-            device,
-            mode,
-        )
+        self.config, self.seed, self.dtype = config, seed, dtype
+        self.device, self.mode = device, mode
         self.tables = {key: table.to(device) for key, table in make_schedule(config).items()}
         model = unet.UNet(config).to(device, dtype, memory_format=torch.channels_last)
         load_params(model, params)

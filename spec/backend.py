@@ -11,7 +11,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 
 from spec.config import Config
-from spec.params import check_params, find_block, parameter_shapes
+from spec.params import check_params, find_block
 
 DTYPES = ("float32", "float64")
 MODES = ("eager", "compiled")
@@ -484,11 +484,6 @@ class Checked:
 
     def describe(self) -> dict[str, Any]:
         return self.model.describe()
-
-
-def zero_params(config: Config, dtype: str) -> Params:
-    """Zeros in the shape of every parameter: Adam's m and v before the first step."""
-    return {name: np.zeros(shape, dtype) for name, shape in parameter_shapes(config).items()}
 
 
 def _text(shape: tuple[int | None, ...]) -> str:

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from spec.backend import Checked, Model, check_open, zero_params
+from spec.backend import Checked, Model, check_open
 from spec.config import load_config
 from spec.params import ParameterError, initial_params
 
@@ -234,7 +234,7 @@ def test_gradients_and_states_must_fit(model, recorder):
         model.apply_gradients({n: v for n, v in PARAMS.items() if n != "conv_in.weight"})
     with pytest.raises(ParameterError, match=r"conv_in.bias holds nan at \[0\]"):
         model.apply_gradients(PARAMS | {"conv_in.bias": np.full(8, np.nan)})
-    zeros = zero_params(TINY, "float32")
+    zeros = {name: np.zeros_like(value) for name, value in PARAMS.items()}
     state = {"step": 3, "params": PARAMS, "m": zeros, "v": zeros, "ema": PARAMS}
     model.load_state(state)
     for change, words in (
