@@ -30,8 +30,9 @@ class State:
 def init_state(model):
     """The state before the first step: m = v = 0, and the EMA is the parameters."""
     params = nnx.state(model, nnx.Param)
-    zeros, more = jax.tree.map(jnp.zeros_like, params), jax.tree.map(jnp.zeros_like, params)
-    return State(model, zeros, more, jax.tree.map(jnp.copy, params), jnp.zeros((), jnp.int32))
+    m, v = (jax.tree.map(jnp.zeros_like, params) for _ in "mv")
+    ema = jax.tree.map(jnp.copy, params)
+    return State(model, m, v, ema, step=jnp.zeros((), jnp.int32))
 
 
 def loss_and_grads(model, tables, config, x0, t, noise, labels=None, drop=None):
@@ -65,7 +66,7 @@ def learning_rate(config, step):
 def adam_update(params, grads, m, v, lr, step):
     """One step of Adam: the new params, m and v; step counts from 0."""
     # 1 - beta^k, which in float32 would lose its digits: beta^k is near 1
-    correct1, correct2 = (-jnp.expm1((step + 1) * math.log(beta)) for beta in (BETA1, BETA2))  # S9
+    correct1, correct2 = (-jnp.expm1((step + 1) * math.log(b)) for b in (BETA1, BETA2))  # S9
     m = jax.tree.map(lambda m, g: BETA1 * m + (1 - BETA1) * g, m, grads)
     v = jax.tree.map(lambda v, g: BETA2 * v + (1 - BETA2) * g * g, v, grads)
 

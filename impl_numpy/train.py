@@ -20,14 +20,15 @@ class State:
     m: dict  # by parameter name, as are v and ema
     v: dict
     ema: dict
-    step: int = 0
+    step: int
 
 
 def init_state(model):
     """The state before the first step: m = v = 0, and the EMA is the parameters."""
-    zeros = {name: np.zeros_like(p) for name, p in model.params.items()}
-    copies = {name: p.copy() for name, p in model.params.items()}
-    return State(model, zeros, {name: z.copy() for name, z in zeros.items()}, copies)
+    params = model.params
+    m, v = ({name: np.zeros_like(p) for name, p in params.items()} for _ in "mv")
+    ema = {name: p.copy() for name, p in params.items()}
+    return State(model, m, v, ema, step=0)
 
 
 def loss_and_grads(model, tables, config, x0, t, noise, labels=None, drop=None):
@@ -37,9 +38,10 @@ def loss_and_grads(model, tables, config, x0, t, noise, labels=None, drop=None):
     x_t = q_sample(tables, x0, t, noise)  # S8
     out, back = model.forward(x_t, t, labels)
     error = out - target(tables, config, x0, t, noise)
+    loss = np.mean(error**2)
     grads = {}
     back(error * (2 / error.size), grads)
-    return np.mean(error * error), grads
+    return loss, grads
 
 
 def clip_by_global_norm(grads, max_norm):
@@ -75,10 +77,11 @@ def ema_update(ema, params, ema_decay, step):
 
 def apply_gradients(state, config, grads):
     """One update of the state in place: clip, Adam, EMA, and the step is counted."""
+    params = state.model.params
     grads = clip_by_global_norm(grads, config.max_grad_norm)  # S9
     lr = learning_rate(config, state.step)
-    adam_update(state.model.params, grads, state.m, state.v, lr, state.step)
-    ema_update(state.ema, state.model.params, config.ema_decay, state.step)
+    adam_update(params, grads, state.m, state.v, lr, state.step)
+    ema_update(state.ema, params, config.ema_decay, state.step)
     state.step += 1
 
 

@@ -30,7 +30,7 @@ def init_state(model):
     params = named_parameters(model)
     m, v = ({name: tf.Variable(tf.zeros_like(p)) for name, p in params.items()} for _ in "mv")
     ema = {name: tf.Variable(p) for name, p in params.items()}
-    return State(model, m, v, ema, tf.Variable(0, dtype=tf.int64))
+    return State(model, m, v, ema, step=tf.Variable(0, dtype=tf.int64))
 
 
 def loss_and_grads(model, tables, config, x0, t, noise, labels=None, drop=None):
@@ -58,14 +58,14 @@ def learning_rate(config, step):
     """The rate of step k = 0, 1, ...: a linear warm-up, then constant."""
     if not config.warmup:  # S9
         return config.learning_rate
-    return config.learning_rate * tf.minimum((step + 1) / config.warmup, 1.0)
+    return config.learning_rate * tf.minimum((step + 1) / config.warmup, 1.0)  # tensor first
 
 
 def adam_update(params, grads, m, v, lr, step):
     """One step of Adam on params, m and v in place; step counts from 0."""
     # 1 - beta^k, which in float32 would lose its digits: beta^k is near 1
-    correct1, correct2 = (-tf.math.expm1((step + 1) * math.log(beta)) for beta in (BETA1, BETA2))
-    for name, g in grads.items():  # S9
+    correct1, correct2 = (-tf.math.expm1((step + 1) * math.log(b)) for b in (BETA1, BETA2))  # S9
+    for name, g in grads.items():
         m[name].assign(BETA1 * m[name] + (1 - BETA1) * g)
         v[name].assign(BETA2 * v[name] + (1 - BETA2) * g * g)
         params[name].assign_sub(lr * (m[name] / correct1) / (tf.sqrt(v[name] / correct2) + EPS))
@@ -81,9 +81,10 @@ def ema_update(ema, params, ema_decay, step):
 def apply_gradients(state, config, grads):
     """One update of the state in place: clip, Adam, EMA, and the step is counted."""
     params = named_parameters(state.model)
-    step = tf.cast(state.step, state.model.dtype)
     grads = clip_by_global_norm(grads, config.max_grad_norm)  # S9
-    adam_update(params, grads, state.m, state.v, learning_rate(config, step), step)
+    step = tf.cast(state.step, state.model.dtype)  # a whole number would not multiply a float
+    lr = learning_rate(config, step)
+    adam_update(params, grads, state.m, state.v, lr, step)
     ema_update(state.ema, params, config.ema_decay, step)
     state.step.assign_add(1)
 
@@ -112,7 +113,6 @@ def train(state, tables, config, images, labels, draws):
     for rows, t, noise, drop in draws:
         x0, noise = tf.gather(images, rows), tf.cast(noise, images.dtype)
         if config.num_classes:
-            labels_b = tf.gather(labels, rows)
-            yield train_step(state, tables, config, x0, t, noise, labels_b, drop)
+            yield train_step(state, tables, config, x0, t, noise, tf.gather(labels, rows), drop)
         else:
             yield train_step(state, tables, config, x0, t, noise)

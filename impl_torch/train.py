@@ -1,11 +1,9 @@
 """S8, S9: the loss and its gradients, Adam, EMA, one train step, and the loop."""
 
-import copy
 import dataclasses
 import math
 
 import torch
-import torch.nn.functional as F
 
 from impl_torch.diffusion import q_sample, target
 from impl_torch.unet import UNet
@@ -22,14 +20,15 @@ class State:
     m: dict  # by parameter name, as are v and ema
     v: dict
     ema: dict
-    step: int = 0
+    step: int
 
 
 def init_state(model):
     """The state before the first step: m = v = 0, and the EMA is the parameters."""
     params = {name: p.detach() for name, p in model.named_parameters()}
-    zeros = {name: torch.zeros_like(p) for name, p in params.items()}
-    return State(model, zeros, copy.deepcopy(zeros), copy.deepcopy(params))
+    m, v = ({name: torch.zeros_like(p) for name, p in params.items()} for _ in "mv")
+    ema = {name: p.clone() for name, p in params.items()}
+    return State(model, m, v, ema, step=0)
 
 
 def loss_and_grads(model, tables, config, x0, t, noise, labels=None, drop=None):
@@ -38,9 +37,10 @@ def loss_and_grads(model, tables, config, x0, t, noise, labels=None, drop=None):
         labels = torch.where(drop, config.num_classes, labels)
     x_t = q_sample(tables, x0, t, noise)  # S8
     out = model(x_t, t, labels)
-    loss = F.mse_loss(out, target(tables, config, x0, t, noise), reduction="mean")
+    loss = torch.mean((out - target(tables, config, x0, t, noise)) ** 2)
     params = dict(model.named_parameters())
-    return loss.detach(), dict(zip(params, torch.autograd.grad(loss, params.values()), strict=True))
+    grads = torch.autograd.grad(loss, params.values())
+    return loss.detach(), dict(zip(params, grads, strict=True))
 
 
 def clip_by_global_norm(grads, max_norm):

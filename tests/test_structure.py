@@ -265,6 +265,88 @@ def test_a_difference_in_blocks_is_found():
     assert unet_outline(functions) != unet_outline(f"class {second}\n{first}")
 
 
+CLAUSE_MARK = re.compile(r"#\s*(S\d+)\b(.*)$")
+RUNS = ("forward", "call", "__call__")
+
+
+def anchor(code: str) -> str:
+    """What a line is about, the same in every framework: its keyword, or the first name it sets."""
+    if keyword := re.match(r"(if|for|while|def|return|yield|with)\b", code):
+        return keyword.group(1)
+    return re.match(r"\w*", code).group()
+
+
+def clause_marks(source: str) -> list[tuple[str, str, str]]:
+    """(function, clause, anchor) of every mark such as `# S4`, in order.
+
+    A class that is called is named as NumPy's function. The anchor is empty where the mark goes on
+    with a reason, `# S4; ...`: there a framework does the same thing in another way.
+    """
+    spans: list[tuple[int, int, str]] = []
+
+    def walk(body: list[ast.stmt], owner: str = "") -> None:
+        for node in body:
+            if isinstance(node, ast.ClassDef):
+                walk(node.body, node.name)
+            elif isinstance(node, ast.FunctionDef):
+                name = snake(owner) if owner and node.name in RUNS else node.name
+                spans.append((node.lineno, node.end_lineno or 0, name))
+
+    walk(ast.parse(source).body)
+    marks = []
+    for number, line in enumerate(source.splitlines(), 1):
+        if found := CLAUSE_MARK.search(line):
+            name = next((n for first, last, n in spans if first <= number <= last), "")
+            reason = found.group(2).lstrip().startswith(";")
+            marks.append((name, found.group(1), "" if reason else anchor(line.strip())))
+    return marks
+
+
+def marks_differ(source: str, first: str) -> list[str]:
+    """Where the clause marks of a source are not those of the first one."""
+    left, right = clause_marks(source), clause_marks(first)
+    faults = [f"{len(left)} marks, expected {len(right)}"] if len(left) != len(right) else []
+    for (name, clause, at), (name1, clause1, at1) in zip(left, right, strict=False):
+        if (name, clause) != (name1, clause1) or (at and at1 and at != at1):
+            faults.append(f"{name}: # {clause} at {at!r}; expected {name1}: # {clause1} at {at1!r}")
+    return faults
+
+
+@pytest.mark.parametrize("file", ["schedule.py", "diffusion.py", "train.py"])
+@pytest.mark.parametrize("implementation", OTHERS)
+def test_clauses_are_cited_in_the_same_places(implementation, file):
+    assert clause_marks(read("impl_numpy", file))
+    assert not marks_differ(read(implementation, file), read("impl_numpy", file))
+
+
+@pytest.mark.parametrize("implementation", OTHERS)
+def test_clauses_are_cited_in_the_same_blocks(implementation):
+    # NumPy, which keeps a `back` of each step, spreads over several lines what elsewhere is one.
+    numpy = [mark[:2] for mark in clause_marks(read("impl_numpy", "unet.py"))]
+    assert numpy == [mark[:2] for mark in clause_marks(read(implementation, "unet.py"))]
+    assert not marks_differ(read(implementation, "unet.py"), read("impl_torch", "unet.py"))
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        "def f(x):\n    y = x  # S2\n    return y",  # another clause
+        "def f(x):\n    y = x\n    return y",  # no mark
+        "def f(x):\n    y = x\n    return y  # S1",  # another line
+        "def g(x):\n    y = x  # S1\n    return y",  # another function
+        "def f(x):\n    y = x  # S1\n    return y  # S1",  # one too many
+    ],
+)
+def test_a_clause_cited_elsewhere_is_found(other):
+    first = "def f(x):\n    y = x  # S1\n    return y"
+    assert not marks_differ(first, first)
+    assert not marks_differ("class F:\n    def call(self, x):\n        y = 1  # S1", first)
+    assert not marks_differ(
+        "def f(x):\n    def body():  # S1; a scan is a loop\n        ...", first
+    )
+    assert marks_differ(other, first)
+
+
 def test_line_budgets_hold():
     counts = lines.count_all(ROOT)
     assert [count.name for count in counts] == IMPLEMENTATIONS
