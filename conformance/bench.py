@@ -57,13 +57,7 @@ class Timer:
     def __init__(self, session: Session, config: dict[str, Any], batch: int) -> None:
         self.config = config_from_dict(config).replace(batch_size=batch)
         self.dtype = session.dtype
-        self.model = session.backend.open(
-            self.config,
-            initial_params(self.config, 0),
-            dtype=self.dtype,
-            device=session.device,
-            mode=session.mode,
-        )
+        self.model = session.open(self.config, initial_params(self.config, 0))
         self.batches = [batch_of(self.config, step) for step in range(BATCHES)]
         for batch_ in self.batches:
             for name, value in batch_.items():

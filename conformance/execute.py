@@ -8,8 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from conformance.compare import ARRAY_DTYPES
+from spec.backend import ARRAY_DTYPES
+from spec.config import Config
 from spec.goldens import Case, GoldenError, Goldens
+from spec.noise import training_draws
 from spec.params import initial_params, parameter_shapes
 
 Arrays = dict[str, np.ndarray]
@@ -67,7 +69,8 @@ class Session:
     def __init__(
         self, backend: Any, goldens: Goldens, dtype: str, device: str, mode: str | None = None
     ) -> None:
-        self.backend, self.goldens, self.dtype = backend, goldens, ARRAY_DTYPES[dtype]
+        self.backend, self.goldens, self.column = backend, goldens, dtype
+        self.dtype = ARRAY_DTYPES[dtype]
         self.device, self.mode = device, mode or backend.modes[0]
         self.describe: dict[str, Any] = {}
         self._held: dict[tuple, _Held] = {}
@@ -98,7 +101,8 @@ class Session:
 
     def initial(self, case: Case, given: Mapping[str, np.ndarray]) -> Arrays:
         """The parameters that the case starts from, in the dtype of the session."""
-        tree = initial_params(case.config, 0) if case.params is None else None
+        seed = case.options.get("seed", 0)
+        tree = initial_params(case.config, seed) if case.params is None else None
         tree = self._tree(str(case.params), given) if tree is None else tree
         return {name: value.astype(self.dtype) for name, value in tree.items()}
 
@@ -106,11 +110,15 @@ class Session:
         params = None if case.params is None else self.initial(case, given)
         held = _Held(None)
         held.hand("open", {"params": params or {}})
-        held.model = self.backend.open(
-            case.config, params, seed=0, dtype=self.dtype, device=self.device, mode=self.mode
-        )
+        held.model = self.open(case.config, params, case.options.get("seed", 0))
         held.check_handed()
         return held
+
+    def open(self, config: Config, params: Arrays | None, seed: int = 0) -> Any:
+        """A model of the backend in this column's dtype, device and mode."""
+        return self.backend.open(
+            config, params, seed=seed, dtype=self.column, device=self.device, mode=self.mode
+        )
 
     def _load(self, held: _Held, state: Mapping[str, Any]) -> None:
         """Load a copy of the state, and remember that copy."""
@@ -151,6 +159,9 @@ class Session:
             results = self._train_steps(model, case, arguments, given)
             held.check_handed()
             return results
+        if case.call == "train_run":
+            held.changed = True
+            return self._train_run(model, case, arguments)
         value = guarded(model, case.call, arguments, case.options)
         return named_results(case.call, value, arguments)
 
@@ -163,7 +174,7 @@ class Session:
         again = _Held(held.model)
         try:
             self._load(again, state)
-            now = read_state(held.model, case, self.dtype, 0)
+            now = read_state(held.model, case.config, self.dtype, 0)
         except NotImplementedError:
             return self._open(case, given)
         for part in STATE_PARTS:
@@ -194,7 +205,8 @@ class Session:
             if guarded(model, "apply_gradients", {"grads": grads}, {}) is not None:
                 raise Fault("apply_gradients gave something back; expected None")
         held.check_handed()
-        state = read_state(model, case, self.dtype, first + len(options["sequence"]))
+        steps = first + len(options["sequence"])
+        state = read_state(model, case.config, self.dtype, steps)
         return changes(state, start)
 
     def _cast_tree(self, reference: str, given: Mapping[str, np.ndarray]) -> Arrays:
@@ -209,7 +221,7 @@ class Session:
             batch = {name: value[i] for name, value in arguments.items()}
             losses.append(a_loss("train_step", guarded(model, "train_step", batch, {})))
             if i + 1 in case.options["record"]:
-                state = read_state(model, case, self.dtype, i + 1)
+                state = read_state(model, case.config, self.dtype, i + 1)
                 recorded.append((i + 1, state, _copied(state)))
                 for key, value in changes(state, start).items():
                     results[f"{i + 1}/{key}"] = value
@@ -222,6 +234,52 @@ class Session:
                             "changed that array in place; give copies"
                         )
         return {"loss": np.array(losses), **results}
+
+    def _train_run(self, model: Any, case: Case, arguments: Arrays) -> Arrays:
+        images, classes = arguments["images"], arguments["classes"]
+        run = SharedRun(self, model, case.config, images, classes, case.options["seed"])
+        losses = [run.step() for _ in range(case.options["steps"])]
+        samples = run.samples(arguments["x"], arguments["labels"], case.options["sample"])
+        return {"loss": np.array(losses), "samples": samples}
+
+
+class SharedRun:
+    """A run of train steps from initial weights, whose every draw is the shared stream's (S10)."""
+
+    def __init__(
+        self,
+        session: Session,
+        model: Any,
+        config: Config,
+        images: np.ndarray,  # [N, H, W, C]
+        classes: np.ndarray | None,  # [N]
+        seed: int,
+    ) -> None:
+        self.session, self.model, self.config, self.seed = session, model, config, seed
+        self.images, self.classes, self.steps = images.astype(session.dtype), classes, 0
+
+    def step(self) -> float:
+        """Train for one step; gives its loss."""
+        draws = training_draws(self.config, len(self.images), self.seed, self.steps)
+        batch = {
+            "x0": self.images[draws.rows],
+            "t": draws.t,
+            "noise": draws.noise.astype(self.session.dtype),
+        }
+        if self.classes is not None:
+            batch |= {"labels": self.classes[draws.rows], "drop": draws.drop}
+        self.steps += 1
+        return a_loss("train_step", guarded(self.model, "train_step", batch, {}))
+
+    def samples(
+        self, x: np.ndarray, labels: np.ndarray | None, options: Mapping[str, Any]
+    ) -> np.ndarray:
+        """Samples [B, H, W, C] from x = x_T, drawn by a model opened with the averaged weights."""
+        state = read_state(self.model, self.config, self.session.dtype, self.steps)
+        averaged = self.session.open(self.config, state["ema"])
+        given = {"x": x} | ({} if labels is None else {"labels": labels})
+        trajectory = guarded(averaged, "sample", given, options)
+        return an_array("sample", trajectory)[-1].copy()
 
 
 GIVEN_PARAMS = ("given:params",)  # differ from call to call, so that no model is kept for them
@@ -323,7 +381,7 @@ def a_loss(call: str, value: Any) -> float:
     return float(value)
 
 
-def read_state(model: Any, case: Case, dtype: str, step: int) -> dict[str, Any]:
+def read_state(model: Any, config: Config, dtype: str, step: int) -> dict[str, Any]:
     """The model's training state. Raises Fault unless it is whole and counts `step` steps."""
     state = method(model, "state")()
     wanted = ("step", *STATE_PARTS)
@@ -333,7 +391,7 @@ def read_state(model: Any, case: Case, dtype: str, step: int) -> dict[str, Any]:
     count = state["step"]
     if isinstance(count, bool) or not isinstance(count, (int, np.integer)) or count != step:
         raise Fault(f"state gave step {count!r} after {step} steps; expected {step}")
-    shapes = parameter_shapes(case.config)
+    shapes = parameter_shapes(config)
     for part in STATE_PARTS:
         tree = a_tree(f"the {part} of state", state[part])
         missing, extra = sorted(set(shapes) - set(tree)), sorted(set(tree) - set(shapes))

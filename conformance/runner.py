@@ -17,9 +17,10 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
 from conformance import diagnose
-from conformance.compare import ARRAY_DTYPES, Finding, compare_case
+from conformance.compare import Finding, compare_case
 from conformance.execute import Outcome, Session
 from conformance.process import Impl, Setup, WorkerDied, WorkerProcess, case_request
+from spec.backend import ARRAY_DTYPES, REQUIRED_DTYPES
 from spec.goldens import Case, GoldenError, Goldens
 
 
@@ -122,6 +123,15 @@ def check_dtypes(dtypes: Sequence[str]) -> list[str]:
                 f"--dtype {dtype!r} is unknown; choose one of {', '.join(ARRAY_DTYPES)}"
             )
     return list(dict.fromkeys(dtypes))
+
+
+def default_dtypes(device: str) -> tuple[list[str], set[str]]:
+    """The columns of a device, and those of them that a backend may lack.
+
+    Without a GPU, TF32 does not exist and bfloat16 is slow: both have columns where one is used.
+    """
+    more = [] if device == "cpu" else [d for d in ARRAY_DTYPES if d not in REQUIRED_DTYPES]
+    return [*REQUIRED_DTYPES, *more], set(more)
 
 
 def check_threads(threads: int | None) -> int:
@@ -269,6 +279,7 @@ class Plan:
     goldens: Goldens
     cases: list[Case]
     setup: Setup
+    optional: frozenset[str] = frozenset()  # dtypes that a backend may lack
 
 
 class Suite:

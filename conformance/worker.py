@@ -61,12 +61,13 @@ class Worker:
     def __init__(self) -> None:
         self.session: Any = None
         self.timer: Any = None
+        self.trainer: Any = None
         self.folder = Path()
         self.count = 0
 
     def answer(self, request: dict[str, Any]) -> dict[str, Any]:
         """The reply to one request. Raises ValueError for one that is not known."""
-        handlers = {"hello": self.hello, "case": self.case, "time": self.time}
+        handlers = {"hello": self.hello, "case": self.case, "time": self.time, "train": self.train}
         if request.get("do") not in handlers:
             raise ValueError(
                 f"request {request.get('do')!r} is unknown; known are {', '.join(handlers)}, stop"
@@ -76,6 +77,7 @@ class Worker:
     def hello(self, request: dict[str, Any]) -> dict[str, Any]:
         """Import the backend; where a device is asked for by name, see that it is there."""
         from conformance.execute import Session
+        from spec.backend import REQUIRED_DTYPES
         from spec.config import config_from_dict
         from spec.goldens import Goldens
 
@@ -91,19 +93,22 @@ class Worker:
         lacking = [part for part in ("name", "modes", "open") if not hasattr(backend, part)]
         if lacking:
             return {"status": "no backend", "message": f"{name} has no {', '.join(lacking)}"}
+        dtypes = getattr(backend, "dtypes", REQUIRED_DTYPES)
+        if request["dtype"] not in dtypes:
+            message = f"{name} has no {request['dtype']}; it has {', '.join(dtypes)}"
+            return {"status": "no dtype", "message": message}
         self.folder = Path(request["results"])
         goldens = Goldens(Path(request["goldens"]))
         self.session = Session(
             backend, goldens, request["dtype"], request["device"], request["mode"]
         )
-        if request["device"] == "cuda":
+        if request["device"] == "cuda" or request["dtype"] == "tf32":
             config = config_from_dict(request["config"])
             try:
-                backend.open(
-                    config, dtype=self.session.dtype, device="cuda", mode=self.session.mode
-                )
+                self.session.open(config, None)
             except ValueError as error:
-                return {"status": "no device", "message": str(error)}
+                tf32 = request["dtype"] == "tf32" and request["device"] != "cuda"
+                return {"status": "no dtype" if tf32 else "no device", "message": str(error)}
         return {
             "status": "ready",
             "protocol": PROTOCOL,
@@ -141,6 +146,18 @@ class Worker:
             self.timer = None
             return {"status": "done"}
         return {"status": "done", **self.timer.part(request)}
+
+    def train(self, request: dict[str, Any]) -> dict[str, Any]:
+        """Part of a shared-noise run: see conformance/parity.py."""
+        from conformance.parity import Trainer
+
+        if request["part"] == "open":
+            self.session.forget()
+            self.trainer = Trainer(self.session, request)
+            return {"status": "done"}
+        if self.trainer is None:
+            raise ValueError("a run begins with part = 'open'")
+        return {"status": "done", **self.trainer.part(request)}
 
 
 def read_case(entry: dict[str, Any]) -> Any:

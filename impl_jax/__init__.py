@@ -1,5 +1,5 @@
 """The design in JAX: Flax NNX modules, whole functions under jax.jit."""
 
-from impl_jax.backend import modes, name, open
+from impl_jax.backend import dtypes, modes, name, open
 
-__all__ = ["modes", "name", "open"]
+__all__ = ["dtypes", "modes", "name", "open"]

@@ -14,23 +14,25 @@ from flax import nnx
 from impl_jax import diffusion, train, unet
 from impl_jax.params import from_tree, load_params, read_params, to_tree
 from impl_jax.schedule import make_schedule
-from spec.backend import Checked, check_open
+from spec.backend import ARRAY_DTYPES, Checked, check_open
 from spec.config import Config
 from spec.noise import training_draws
 from spec.params import blocks, find_block, initial_params
 
 name = "jax"
+dtypes = ("float64", "float32", "tf32", "bf16")
 modes = ("compiled", "eager")
 CACHE = Path(__file__).parent.parent / ".jax_cache"  # compiled functions, kept between processes
 
 
 def open(config: Config, params=None, *, seed=0, dtype="float32", device="auto", mode="compiled"):
     """A Model with these parameters, or those that the seed gives; eager: op by op, without jit."""
-    params = check_open(config, params, dtype, device, mode)
+    params = check_open(config, params, dtype, device, mode, dtypes)
     if dtype == "float64":
         jax.config.update("jax_enable_x64", True)
     # float32 means float32: products would use TF32 on a GPU by default
-    jax.config.update("jax_default_matmul_precision", "highest")
+    precision = "tensorfloat32" if dtype == "tf32" else "highest"
+    jax.config.update("jax_default_matmul_precision", precision)
     jax.config.update("jax_compilation_cache_dir", os.environ.get("JAX_CACHE", str(CACHE)))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
     platforms = {"cpu": "cpu", "cuda": "gpu", "auto": None}
@@ -40,19 +42,23 @@ def open(config: Config, params=None, *, seed=0, dtype="float32", device="auto",
         raise ValueError(
             f"device = {device!r}: JAX has none; use device='cpu' or 'auto'"
         ) from error
+    if dtype == "tf32" and chosen.platform != "gpu":
+        raise ValueError("dtype = 'tf32' is a mode of NVIDIA GPUs, and JAX sees none here")
     params = initial_params(config, seed) if params is None else params
-    return Checked(JaxModel(config, params, seed, jnp.dtype(dtype), chosen, mode), config, dtype)
+    return Checked(JaxModel(config, params, seed, dtype, chosen, mode), config, dtype)
 
 
 class JaxModel:
     """See spec.backend.Model for what each method takes and gives."""
 
-    def __init__(self, config: Config, params, seed: int, dtype, device, mode: str) -> None:
-        self.config, self.seed, self.dtype = config, seed, dtype
+    def __init__(self, config: Config, params, seed: int, precision: str, device, mode) -> None:
+        self.config, self.seed, self.precision = config, seed, precision
+        self.dtype = jnp.dtype(ARRAY_DTYPES[precision])
         self.device, self.mode = device, mode
         self.tables = make_schedule(config)
+        compute = jnp.bfloat16 if precision == "bf16" else self.dtype
         with self._placed():
-            model = nnx.eval_shape(lambda: unet.UNet(config, dtype))
+            model = nnx.eval_shape(lambda: unet.UNet(config, compute))
             load_params(model, params)
             self._state = train.init_state(model)
         self._compiled = {}
@@ -73,7 +79,11 @@ class JaxModel:
         if key not in self._compiled:
             self._compiled[key] = jax.jit(function)
         with self._placed():
-            return jax.tree.map(np.array, self._compiled[key](*inputs))
+            return jax.tree.map(self._numpy, self._compiled[key](*inputs))
+
+    def _numpy(self, value) -> np.ndarray:
+        """An array of its own, of a dtype that NumPy has."""
+        return np.array(value, self.dtype if value.dtype == jnp.bfloat16 else None)
 
     def schedule(self):
         return {key: table.astype(self.dtype) for key, table in self.tables.items()}
@@ -217,6 +227,6 @@ class JaxModel:
             "framework": f"jax {jax.__version__}, flax {flax.__version__}",
             "device": self.device.device_kind,
             "mode": self.mode,
-            "dtype": str(self.dtype),
+            "dtype": self.precision,
             "threads": len(os.sched_getaffinity(0)),
         }

@@ -1,6 +1,7 @@
 """The layers with every default of the framework written out.
 
 The framework wants a source of initial values; S10 gives other ones, so Rngs(0) is never seen.
+A layer computes in its dtype; in bfloat16 its parameters stay float32.
 """
 
 import jax
@@ -19,16 +20,21 @@ def time_table(timesteps, width):
     return np.concatenate([np.sin(angles), np.cos(angles)], axis=1)
 
 
+def kept(dtype):
+    """The dtype of parameters whose layer computes in `dtype`."""
+    return jnp.promote_types(dtype, jnp.float32)
+
+
 def linear(fan_in, fan_out, dtype):
     """x [..., I] -> [..., O]."""
     return nnx.Linear(
-        fan_in, fan_out, use_bias=True, dtype=dtype, param_dtype=dtype, rngs=nnx.Rngs(0)
+        fan_in, fan_out, use_bias=True, dtype=dtype, param_dtype=kept(dtype), rngs=nnx.Rngs(0)
     )
 
 
 def embedding(rows, width, dtype):
     """Row numbers [B] -> [B, O]."""
-    return nnx.Embed(rows, width, dtype=dtype, param_dtype=dtype, rngs=nnx.Rngs(0))
+    return nnx.Embed(rows, width, dtype=dtype, param_dtype=kept(dtype), rngs=nnx.Rngs(0))
 
 
 def conv(fan_in, fan_out, dtype, size=3, stride=1, pad=(1, 1)):
@@ -41,7 +47,7 @@ def conv(fan_in, fan_out, dtype, size=3, stride=1, pad=(1, 1)):
         stride,
         padding=padding,
         dtype=dtype,
-        param_dtype=dtype,
+        param_dtype=kept(dtype),
         rngs=nnx.Rngs(0),
     )
 
@@ -58,7 +64,7 @@ def group_norm(groups, width, dtype):
         epsilon=EPS,
         use_fast_variance=False,
         dtype=dtype,
-        param_dtype=dtype,
+        param_dtype=kept(dtype),
         rngs=nnx.Rngs(0),
     )
 

@@ -108,7 +108,7 @@ class UNet(nnx.Module):
     @property
     def time_table(self):
         """The sines and cosines of every time [T, C0]: a constant where the step is compiled."""
-        table = time_table(self.config.timesteps, self.config.channels[0])  # S7
+        table = time_table(self.config.timesteps, self.config.channels[0])
         return jnp.asarray(table, self.conv_in.bias.dtype)
 
     def embed(self, proj, labels):
@@ -150,4 +150,5 @@ class UNet(nnx.Module):
                     h = tap(f"up_blocks.{step}.attentions.{i}", block.attentions[i](h))
             for upsample in block.upsamplers:
                 h = tap(f"up_blocks.{step}.upsamplers.0", upsample(h))
-        return tap("conv_out", self.head(h))
+        out = tap("conv_out", self.head(h))
+        return out.astype(self.conv_in.bias.dtype)  # bfloat16, where used, ends here

@@ -1,5 +1,5 @@
 """The design in NumPy, with a backward pass written by hand."""
 
-from impl_numpy.backend import modes, name, open
+from impl_numpy.backend import dtypes, modes, name, open
 
-__all__ = ["modes", "name", "open"]
+__all__ = ["dtypes", "modes", "name", "open"]

@@ -14,12 +14,13 @@ from spec.noise import training_draws
 from spec.params import find_block, initial_params
 
 name = "numpy"
+dtypes = ("float64", "float32")  # NumPy has no bfloat16
 modes = ("eager",)
 
 
 def open(config: Config, params=None, *, seed=0, dtype="float32", device="auto", mode="compiled"):
     """A Model with these parameters, or those that the seed gives; NumPy knows one mode, eager."""
-    params = check_open(config, params, dtype, device, mode)
+    params = check_open(config, params, dtype, device, mode, dtypes)
     if device == "cuda":
         raise ValueError("device = 'cuda': NumPy runs on the CPU; use device='cpu' or 'auto'")
     params = initial_params(config, seed) if params is None else params

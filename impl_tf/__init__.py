@@ -1,5 +1,5 @@
 """The design in TensorFlow: Keras layers and models, whole functions under tf.function."""
 
-from impl_tf.backend import modes, name, open
+from impl_tf.backend import dtypes, modes, name, open
 
-__all__ = ["modes", "name", "open"]
+__all__ = ["dtypes", "modes", "name", "open"]

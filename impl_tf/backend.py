@@ -12,24 +12,27 @@ import tensorflow as tf
 from impl_tf import diffusion, train, unet
 from impl_tf.params import from_tree, load_params, read_params, to_tree
 from impl_tf.schedule import make_schedule
-from spec.backend import Checked, check_open
+from spec.backend import ARRAY_DTYPES, Checked, check_open
 from spec.config import Config
 from spec.noise import training_draws
 from spec.params import find_block, initial_params
 
 name = "tensorflow"
+dtypes = ("float64", "float32", "tf32", "bf16")
 modes = ("compiled", "eager")
 
 
 def open(config: Config, params=None, *, seed=0, dtype="float32", device="auto", mode="compiled"):
     """A Model with these parameters, or those that the seed gives; compiled: tf.function."""
-    params = check_open(config, params, dtype, device, mode)
+    params = check_open(config, params, dtype, device, mode, dtypes)
     gpus = tf.config.list_logical_devices("GPU")
     if device == "cuda" and not gpus:
         raise ValueError("device = 'cuda': TensorFlow sees no GPU here; use device='cpu' or 'auto'")
-    # float32 means float32: products would use TF32 on a GPU by default
-    tf.config.experimental.enable_tensor_float_32_execution(False)
     place = "/GPU:0" if gpus and device != "cpu" else "/CPU:0"
+    if dtype == "tf32" and "CPU" in place:
+        raise ValueError("dtype = 'tf32' is a mode of NVIDIA GPUs, and TensorFlow sees none here")
+    # float32 means float32: products would use TF32 on a GPU by default
+    tf.config.experimental.enable_tensor_float_32_execution(dtype == "tf32")
     params = initial_params(config, seed) if params is None else params
     return Checked(TensorFlowModel(config, params, seed, dtype, place, mode), config, dtype)
 
@@ -38,13 +41,15 @@ class TensorFlowModel:
     """See spec.backend.Model for what each method takes and gives."""
 
     def __init__(
-        self, config: Config, params, seed: int, dtype: str, place: str, mode: str
+        self, config: Config, params, seed: int, precision: str, place: str, mode: str
     ) -> None:
-        self.config, self.seed, self.dtype = config, seed, dtype
+        self.config, self.seed, self.precision = config, seed, precision
+        self.dtype = ARRAY_DTYPES[precision]
         self.place, self.mode = place, mode
+        policy = "mixed_bfloat16" if precision == "bf16" else self.dtype  # Keras' own name for it
         with self._placed():
             self.tables = make_schedule(config)
-            model = unet.UNet(config, dtype)
+            model = unet.UNet(config, policy)
             load_params(model, params)
             self._state = train.init_state(model)
             self._network = tf.function(model)
@@ -69,7 +74,11 @@ class TensorFlowModel:
         """function(*inputs) on tensors of these arrays; NumPy arrays of its own."""
         with self._placed():
             inputs = (tf.constant(i) if isinstance(i, np.ndarray) else i for i in inputs)
-            return tf.nest.map_structure(np.array, function(*inputs))
+            return tf.nest.map_structure(self._numpy, function(*inputs))
+
+    def _numpy(self, value) -> np.ndarray:
+        """An array of its own, of a dtype that NumPy has."""
+        return np.array(value, self.dtype if value.dtype == tf.bfloat16 else None)
 
     def schedule(self):
         return {key: table.numpy().astype(self.dtype) for key, table in self.tables.items()}
@@ -204,7 +213,7 @@ class TensorFlowModel:
             "framework": f"tensorflow {tf.__version__}, keras {keras.__version__}",
             "device": "cpu" if "CPU" in self.place else "gpu",
             "mode": self.mode,
-            "dtype": self.dtype,
+            "dtype": self.precision,
             "threads": tf.config.threading.get_intra_op_parallelism_threads()
             or len(os.sched_getaffinity(0)),
         }

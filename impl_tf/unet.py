@@ -87,7 +87,7 @@ class UNet(keras.Model):
         super().__init__(dtype=dtype)
         widths, count, emb_width = config.channels, config.layers_per_block, config.time_width
         self.config, table = config, time_table(config.timesteps, widths[0])
-        self.time_table = tf.constant(table, dtype)
+        self.time_table = tf.constant(table, self.variable_dtype)
         self.time_embedding = {
             "linear_1": linear(widths[0], emb_width, dtype),
             "linear_2": linear(emb_width, emb_width, dtype),
@@ -151,4 +151,5 @@ class UNet(keras.Model):
                     h = tap(f"up_blocks.{step}.attentions.{i}", block.attentions[i](h))
             for upsample in block.upsamplers:
                 h = tap(f"up_blocks.{step}.upsamplers.0", upsample(h))
-        return tap("conv_out", self.head(h))
+        out = tap("conv_out", self.head(h))
+        return tf.cast(out, self.variable_dtype)  # bfloat16, where used, ends here

@@ -6,38 +6,44 @@ import torch
 from impl_torch import diffusion, train, unet
 from impl_torch.params import from_tree, load_params, read_params, to_tree
 from impl_torch.schedule import make_schedule
-from spec.backend import Checked, check_open
+from spec.backend import ARRAY_DTYPES, Checked, check_open
 from spec.config import Config
 from spec.noise import training_draws
 from spec.params import find_block, initial_params
 
 name = "torch"
+dtypes = ("float64", "float32", "tf32", "bf16")
 modes = ("eager", "compiled")
 
 
 def open(config: Config, params=None, *, seed=0, dtype="float32", device="auto", mode="compiled"):
     """A Model with these parameters, or those that the seed gives; compiled: torch.compile."""
-    params = check_open(config, params, dtype, device, mode)
+    params = check_open(config, params, dtype, device, mode, dtypes)
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device = 'cuda': PyTorch sees no GPU here; use device='cpu' or 'auto'")
+    if dtype == "tf32" and device == "cpu":
+        raise ValueError("dtype = 'tf32' is a mode of NVIDIA GPUs, and PyTorch sees none here")
     # float32 means float32: convolutions would use TF32 on a GPU by default
-    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = dtype == "tf32"
     params = initial_params(config, seed) if params is None else params
-    model = TorchModel(config, params, seed, getattr(torch, dtype), torch.device(device), mode)
+    model = TorchModel(config, params, seed, dtype, torch.device(device), mode)
     return Checked(model, config, dtype)
 
 
 class TorchModel:
     """See spec.backend.Model for what each method takes and gives."""
 
-    def __init__(self, config, params, seed: int, dtype: torch.dtype, device, mode: str) -> None:
-        self.config, self.seed, self.dtype = config, seed, dtype
+    def __init__(self, config, params, seed: int, precision: str, device, mode: str) -> None:
+        self.config, self.seed, self.precision = config, seed, precision
+        self.dtype = getattr(torch, ARRAY_DTYPES[precision])
         self.device, self.mode = device, mode
         self.tables = {key: table.to(device) for key, table in make_schedule(config).items()}
-        model = unet.UNet(config).to(device, dtype, memory_format=torch.channels_last)
+        model = unet.UNet(config).to(device, self.dtype, memory_format=torch.channels_last)
         load_params(model, params)
+        if precision == "bf16":
+            model.forward = self._in_precision(model.forward)
         self._state = train.init_state(model)
         if mode == "compiled":
             model.compile()
@@ -45,6 +51,17 @@ class TorchModel:
     @property
     def _model(self) -> unet.UNet:
         return self._state.model
+
+    def _in_precision(self, function):
+        """The function, its products in bfloat16 where that was asked for; float32 comes back."""
+        if self.precision != "bf16":
+            return function
+
+        def run(*inputs):
+            with torch.autocast(self.device.type, torch.bfloat16):
+                return function(*inputs).to(self.dtype)
+
+        return run
 
     def _native(self, value):
         """A tensor on the device; images [..., H, W, C] become [..., C, H, W], memory as it was."""
@@ -59,6 +76,7 @@ class TorchModel:
     def _numpy(self, tensor) -> np.ndarray:
         """The same back, as an array of its own."""
         tensor = tensor.detach()
+        tensor = tensor.to(self.dtype) if tensor.dtype == torch.bfloat16 else tensor
         tensor = tensor.movedim(-3, -1) if tensor.ndim > 3 else tensor
         return np.array(tensor.cpu().numpy(), order="C")
 
@@ -113,10 +131,10 @@ class TorchModel:
         if kind == "time_proj":
             return self._numpy(self._model.time_table[t])
         if kind == "emb":
-            return self._numpy(self._model.embed(self._model.time_table[t], labels))
-        if kind == "conv_out":
-            return self._numpy(self._model.head(x))
-        block = self._model.get_submodule(name)
+            embed = self._in_precision(self._model.embed)
+            return self._numpy(embed(self._model.time_table[t], labels))
+        block = self._model.head if kind == "conv_out" else self._model.get_submodule(name)
+        block = self._in_precision(block)
         return self._numpy(block(x, emb) if kind == "resnet" else block(x))
 
     def loss_and_grads(self, x0, t, noise, labels=None, drop=None):
@@ -187,6 +205,6 @@ class TorchModel:
             "framework": f"torch {torch.__version__}",
             "device": torch.cuda.get_device_name() if on_gpu else "cpu",
             "mode": self.mode,
-            "dtype": str(self.dtype).removeprefix("torch."),
+            "dtype": self.precision,
             "threads": torch.get_num_threads(),
         }

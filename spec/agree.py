@@ -8,12 +8,14 @@ import numpy as np
 
 from spec import reference
 from spec.cases import Case, golden_normals
+from spec.noise import training_draws
 from spec.oracle import Oracle
 from spec.tables import exact_tables
 
 FORWARD = 1e-12  # relative L2
 SCHEDULE = 5e-11  # of each element: float64 loses that much in 1 - alphas_cumprod at T = 4000
 UPDATE = 1e-10  # relative L2, over ten whole steps
+RUN = 1e-12  # of each loss, and of the samples in L2, over a hundred
 GRADIENT = 1e-10  # of a directional derivative along unit normals, relative to the tensor's norm
 DIRECTIONS = 4  # over all parameters at once; and one for each tensor alone
 Tree = dict[str, np.ndarray]
@@ -52,6 +54,8 @@ def agreement(case: Case, inputs: dict, params: Tree | None, expected: Tree) -> 
         )
     if case.call == "train_steps":
         return _train_steps(case, inputs, params, expected)
+    if case.call == "train_run":
+        return _train_run(case, inputs, params, expected)
     found = reference.answer(
         case.full_config, tables_of(case), case.call, case.options, inputs, params
     )
@@ -71,17 +75,19 @@ def _accept(case: Case, kind: str, limit: float, distances: dict[str, float]) ->
     return {kind: worst}
 
 
-def gradient_distances(case: Case, params: Tree, grads: Tree, batch: dict) -> dict[str, float]:
+def gradient_distances(
+    case: Case, params: Tree, grads: Tree, batch: dict, alone: bool = True
+) -> dict[str, float]:
     """How far the oracle's gradients are from complex-step derivatives of the reference's loss.
 
-    Directions are unit normals, of all parameters and of each tensor alone; a distance is
+    Directions are unit normals, of all parameters and of each tensor `alone`; a distance is
     relative to the norm of the gradient of the tensors that move (absolute where that is zero,
     as the true gradient of to_k.bias is: what autograd gives there is rounding, S8).
     """
     config, s = case.full_config, tables_of(case)
     grads = {n: 0 * g if n.endswith("to_k.bias") else g for n, g in grads.items()}
     plans = {f"direction {i}": list(params) for i in range(DIRECTIONS)}
-    plans |= {name: [name] for name in params}
+    plans |= {name: [name] for name in params} if alone else {}
     distances = {}
     for label, names in plans.items():
         direction = {n: golden_normals(f"{case.id}:{label}:{n}", params[n].shape) for n in names}
@@ -119,3 +125,38 @@ def _train_steps(case: Case, inputs: dict, params: Tree, expected: Tree) -> dict
     return _accept(case, "update", UPDATE, distances) | _accept(
         case, "gradient", GRADIENT, gradients
     )
+
+
+def _train_run(case: Case, inputs: dict, params: Tree, expected: Tree) -> dict[str, float]:
+    """The same for a whole run: the curve and the samples of the reference's own state.
+
+    Gradients are held to complex-step derivatives along whole directions, first step and last.
+    """
+    config, tables = case.full_config, tables_of(case)
+    state, losses, gradients = reference.initial_state(params), [], {}
+    steps, seed = case.options["steps"], case.options["seed"]
+    for step in range(steps):
+        draws = training_draws(config, len(inputs["images"]), seed, step)
+        batch = {
+            "x0": inputs["images"][draws.rows],
+            "t": draws.t,
+            "noise": draws.noise,
+            "labels": inputs["classes"][draws.rows],
+            "drop": draws.drop,
+        }
+        losses.append(reference.loss(config, tables, state["params"], **batch))
+        found = Oracle(config, state["params"]).run("loss_and_grads", batch, {})
+        grads = {name: found[f"grads/{name}"] for name in state["params"]}
+        if step in (0, steps - 1):
+            some = gradient_distances(case, state["params"], grads, batch, alone=False)
+            gradients |= {f"step {step + 1}, {name}": value for name, value in some.items()}
+        state = reference.update(config, state, grads)
+    trajectory = reference.sample(
+        config, tables, state["ema"], inputs["x"], None, inputs["labels"], **case.options["sample"]
+    )
+    curve = np.abs(np.array(losses) - expected["loss"]) / expected["loss"]
+    distances = {
+        "loss": float(curve.max()),
+        "samples": distance(trajectory[-1], expected["samples"]),
+    }
+    return _accept(case, "run", RUN, distances) | _accept(case, "gradient", GRADIENT, gradients)

@@ -13,7 +13,11 @@ import numpy as np
 from spec.config import Config
 from spec.params import check_params, find_block
 
-DTYPES = ("float32", "float64")
+# What `open` is asked for -> the dtype of every array, in and out, and of the training state.
+# tf32 and bf16 are float32 but for the network's products and, in bf16, its activations (S7).
+ARRAY_DTYPES = {"float64": "float64", "float32": "float32", "tf32": "float32", "bf16": "float32"}
+DTYPES = tuple(ARRAY_DTYPES)
+REQUIRED_DTYPES = ("float64", "float32")
 MODES = ("eager", "compiled")
 METHODS = ("ddpm", "ddim")
 Params = dict[str, np.ndarray]
@@ -24,8 +28,9 @@ State = dict[str, Any]  # {"step": int, "params": Params, "m": Params, "v": Para
 class Model(Protocol):
     """One network with its schedule and its training state, opened from a Config.
 
-    Floating point arrays come in and go out in the dtype of `open`. Methods do not change their
-    arguments and give arrays of their own. Bad arguments raise ValueError or TypeError.
+    Floating point arrays come in and go out in the dtype that ARRAY_DTYPES gives. Methods do not
+    change their arguments and give arrays of their own. Bad arguments raise ValueError or
+    TypeError.
     """
 
     def schedule(self) -> Params:
@@ -180,6 +185,7 @@ class Backend(Protocol):
 
     name: str
     modes: tuple[str, ...]  # of "eager" and "compiled"; the first is what the suite runs by default
+    dtypes: tuple[str, ...]  # of DTYPES; a module without it has REQUIRED_DTYPES
 
     def open(
         self,
@@ -207,12 +213,22 @@ def one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:
 
 
 def check_open(
-    config: Config, params: Params | None, dtype: str, device: str, mode: str
+    config: Config,
+    params: Params | None,
+    dtype: str,
+    device: str,
+    mode: str,
+    dtypes: tuple[str, ...] = DTYPES,
 ) -> Params | None:
-    """The arguments of `Backend.open`, checked; gives the parameters in canonical names."""
+    """The arguments of `Backend.open`, checked; gives the parameters in canonical names.
+
+    dtypes are those that the backend has. TF32 is a mode of GPUs: on device "cpu" it is refused.
+    """
     if not isinstance(config, Config):
         raise TypeError(f"config is a {type(config).__name__}; give a Config, from load_config")
-    one_of("dtype", dtype, DTYPES)
+    one_of("dtype", dtype, dtypes)
+    if dtype == "tf32" and device == "cpu":
+        raise ValueError("dtype = 'tf32' is a mode of NVIDIA GPUs; use float32, or device='cuda'")
     one_of("mode", mode, MODES)
     one_of("device", device, ("auto", "cpu", "cuda"))
     return None if params is None else check_params(config, params)
@@ -226,7 +242,7 @@ class Checked:
     """
 
     def __init__(self, model: Model, config: Config, dtype: str) -> None:
-        self.model, self.config, self.dtype = model, config, dtype
+        self.model, self.config, self.dtype = model, config, ARRAY_DTYPES[dtype]
 
     def _floats(self, name: str, value: object, shape: tuple[int | None, ...]) -> np.ndarray:
         if not isinstance(value, np.ndarray):

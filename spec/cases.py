@@ -14,6 +14,7 @@ from safetensors.numpy import load as parse_safetensors
 from spec import tables
 from spec.causes import causes_of
 from spec.config import Config, load_config
+from spec.data import load_digits
 from spec.goldens import SPEC
 from spec.noise import normals, sampling_noise
 from spec.params import blocks, find_block, parameter_shapes
@@ -21,6 +22,9 @@ from spec.params import blocks, find_block, parameter_shapes
 Tree = dict[str, np.ndarray]
 CHECKPOINT = SPEC / "checkpoints" / "digits.safetensors"
 STRIDE = 7  # coprime to every width of the tiny network
+# Of the run that every framework trains (L7). Of the seeds 0 to 7 it is the one whose curve is the
+# least sensitive: a rounding grows to 3e-7 of a loss in a hundred steps, with seed 0 to 4e-4.
+RUN_SEED, RUN_STEPS = 7, 100
 B = 3  # rows of a batch: neither 1 nor a number of channels, groups, levels or pixels
 
 
@@ -40,7 +44,8 @@ class Case:
     expected: Tree = dataclasses.field(default_factory=dict)
     oracle: str = ""
     shapes: dict[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
-    floors: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
+    # precision -> output -> norm -> the largest error of perturbed runs
+    floors: dict[str, dict[str, dict[str, float]]] = dataclasses.field(default_factory=dict)
 
     @property
     def level(self) -> int:
@@ -179,6 +184,7 @@ def golden_cases(inputs: Inputs) -> list[Case]:
     if CHECKPOINT.exists():
         inputs.files["checkpoints/digits"] = parse_safetensors(CHECKPOINT.read_bytes())
         cases += _digits_cases(inputs)
+    cases.append(_run_case(inputs))
     return sorted(cases, key=lambda case: case.level)
 
 
@@ -450,3 +456,21 @@ def _digits_cases(inputs: Inputs) -> list[Case]:
     options = {"method": "ddim", "steps": steps, "eta": 0.0, "guidance_scale": 1.5}
     cases.append(Case("L6/digits/ddim_guided", "S6", "digits", "sample", given, options, params))
     return cases
+
+
+def _run_case(inputs: Inputs) -> Case:
+    """L7: one hundred shared-noise steps on digits from initial weights, then ten samples."""
+    config, data = load_config("digits"), load_digits()
+    x, _ = sampling_noise(config, config.num_classes, RUN_SEED, 1)
+    given = {
+        "images": inputs.put("digits", "L7/images", data.train_images),
+        "classes": inputs.put("digits", "L7/classes", data.train_labels),
+        "x": inputs.put("digits", "L7/x", x),
+        "labels": inputs.put("digits", "L7/labels", np.arange(config.num_classes)),
+    }
+    options = {
+        "seed": RUN_SEED,
+        "steps": RUN_STEPS,
+        "sample": {"method": "ddim", "steps": 50, "eta": 0.0, "guidance_scale": 1.5},
+    }
+    return Case("L7/digits/train_run", "S10", "digits", "train_run", given, options)

@@ -78,6 +78,13 @@ CALLS: dict[str, tuple[str, ...]] = {
         "a Python scalar (the step count, the learning rate) frozen when the step was traced",
         "arrays aliased, and changed in place",
     ),
+    "train_run": (
+        "a fault in a single step: see L5",
+        "arithmetic that loses digits as steps go on: the step count or the EMA's decay in a low "
+        "precision",
+        "state that is not carried from step to step, or carried twice",
+        "samples drawn with the parameters instead of their EMA",
+    ),
 }
 BLOCKS: dict[str, tuple[str, ...]] = {
     "time_proj": (

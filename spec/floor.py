@@ -1,4 +1,4 @@
-"""The float32 noise floor: how far a correct implementation may stand from a golden.
+"""The noise floors: how far a correct implementation may stand from a golden, by precision.
 
 A generator's module. The oracle's network runs in float32 with every operation perturbed, backward
 included. `Decomposed` writes convolutions, norms, softmax and SiLU as sums and products, in one of
@@ -6,13 +6,18 @@ the ways that frameworks use; `Perturbed`, beneath autograd, splits every contra
 into randomly ordered partial sums, each rounded, and moves every other result by a random relative
 2^-24 (transcendental functions by 2^-23). A floor is the largest error over the seeds.
 
+For tf32 and bf16 the same runs move more inside the network, and only there: the factors of every
+product by 2^-10 (tf32) or 2^-8 (bf16), and for bf16 every result by 2^-8, but for what GroupNorm
+does between its input and its output, which is float32's (S7).
+
 An operation that is in none of the lists below raises: nothing passes unperturbed by oversight.
 """
 
+import contextlib
 import functools
 import itertools
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -23,7 +28,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from spec.cases import Case
 from spec.oracle import Oracle
 
-SEEDS = 32
+SEEDS = {"float32": 32, "tf32": 8, "bf16": 8}
+# Of a whole training run, which takes minutes a seed and whose curve pools a hundred steps.
+RUN_SEEDS = {"float32": 8, "tf32": 4, "bf16": 4}
+# What a product's factors lose: a tensor core may chop the rest off where bfloat16 is rounded to.
+FACTORS_BY = {"tf32": 2.0**-10, "bf16": 2.0**-8}
+RESULTS_BY = {"bf16": 2.0**-8}  # what is kept between operations loses
 aten = torch.ops.aten
 POOL = 1 << 21  # random signs, drawn once and read from a place that the seed gives
 
@@ -85,23 +95,71 @@ ROUNDED |= {aten.pow, aten.sigmoid_backward}
 TRANSCENDENTAL = {aten.exp, aten.sigmoid, aten.rsqrt, aten.log}
 
 
+def seeds_of(case: Case, precision: str) -> int:
+    """How many seeds a floor is the largest error of."""
+    return (RUN_SEEDS if case.call == "train_run" else SEEDS)[precision]
+
+
+def norms_of(case: Case, name: str) -> tuple[str, ...]:
+    """The norms of an output's floor: of a curve, the largest relative error of all its steps."""
+    return ("each",) if case.call == "train_run" and name == "loss" else ("l2", "max")
+
+
+def asks_network(case: Case) -> bool:
+    """Whether a precision of the network's products can show in this case's results."""
+    return case.level >= 2 and case.call != "apply_gradients" and not is_table(case)
+
+
+def is_table(case: Case) -> bool:
+    """Whether the case asks for rows of S7's table of times alone."""
+    return case.options.get("name") == "time_proj"
+
+
 @functools.cache
-def sign_pool(dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """Random signs times half of epsilon (2^-24 for float32), and twice that."""
+def sign_pool(dtype: torch.dtype, size: float) -> torch.Tensor:
+    """Random signs times `size`."""
     generator = torch.Generator().manual_seed(0)
     signs = torch.randint(0, 2, (POOL,), generator=generator, dtype=torch.int8) * 2 - 1
-    signs = signs.to(dtype) * (torch.finfo(dtype).eps / 2)
-    return signs, 2 * signs
+    return signs.to(dtype) * size
 
 
 class Perturbed(TorchDispatchMode):
     """Perturbs every operation on tensors of one dtype, and splits every sum."""
 
-    def __init__(self, seed: int, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(
+        self, seed: int, dtype: torch.dtype = torch.float32, precision: str = "float32"
+    ) -> None:
         super().__init__()
         self.dtype, self.choose = dtype, random.Random(seed)
         self.generator = torch.Generator().manual_seed(seed)
-        self.signs, self.doubled = sign_pool(dtype)
+        half = torch.finfo(dtype).eps / 2
+        self.fine = sign_pool(dtype, half), sign_pool(dtype, 2 * half)
+        self.factors_by, self.results_by = FACTORS_BY.get(precision), RESULTS_BY.get(precision)
+        self.in_network = False
+
+    @contextlib.contextmanager
+    def network(self, inside: bool = True) -> Iterator[None]:
+        """Operations made here are the network's, which has the precision that was asked for."""
+        before, self.in_network = self.in_network, inside
+        try:
+            yield
+        finally:
+            self.in_network = before
+
+    @property
+    def coarse(self) -> bool:
+        """Whether results are kept in fewer digits here."""
+        return self.in_network and self.results_by is not None
+
+    @property
+    def signs(self) -> torch.Tensor:
+        """What moves a result by half a unit in its last place."""
+        return sign_pool(self.dtype, self.results_by) if self.coarse else self.fine[0]
+
+    @property
+    def doubled(self) -> torch.Tensor:
+        """What moves the result of a transcendental function."""
+        return self.signs if self.coarse else self.fine[1]
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -111,7 +169,9 @@ class Perturbed(TorchDispatchMode):
         if plain in EXACT:
             return func(*args, **kwargs)
         if packet in self.SPLIT:
-            return self.SPLIT[packet](self, func, args, kwargs)
+            result = self.SPLIT[packet](self, func, args, kwargs)
+            kept = self.coarse and result.dtype == self.dtype
+            return self._moved(result, self.signs) if kept else result
         result = func(*args, **kwargs)
         if not torch.is_tensor(result) or result.dtype != self.dtype:
             return result
@@ -122,10 +182,14 @@ class Perturbed(TorchDispatchMode):
 
     def _moved(self, x: torch.Tensor, signs: torch.Tensor) -> torch.Tensor:
         """x with every element moved up or down by a relative 2^-24, or 2^-23."""
-        if x.numel() >= POOL:
-            raise ValueError(f"a tensor of {x.numel()} elements; enlarge POOL")
-        start = self.choose.randrange(POOL - x.numel())
-        return torch.addcmul(x, x, signs[start : start + x.numel()].view(x.shape))
+        drawn, left = [], x.numel()
+        while left or not drawn:
+            count = min(left, POOL // 2 if left >= POOL else left)
+            start = self.choose.randrange(POOL - count)
+            drawn.append(signs[start : start + count])
+            left -= count
+        by = drawn[0] if len(drawn) == 1 else torch.cat(drawn)
+        return torch.addcmul(x, x, by.view(x.shape))
 
     def _pieces(self, count: int) -> list[torch.Tensor]:
         """0..count-1 in a random order, cut into 2 to 4 pieces (fewer where there are fewer)."""
@@ -145,6 +209,9 @@ class Perturbed(TorchDispatchMode):
         a, b = args
         if a.dtype != self.dtype:
             return func(a, b)
+        if self.in_network and self.factors_by:
+            pool = sign_pool(self.dtype, self.factors_by)
+            a, b = self._moved(a, pool), self._moved(b, pool)
         right = -2  # the contracted dimension of b
 
         def piece(indices):
@@ -209,15 +276,41 @@ class Perturbed(TorchDispatchMode):
 class Decomposed(TorchFunctionMode):
     """Writes the network's operations as sums, products and elementary functions."""
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int, mode: Perturbed) -> None:
         super().__init__()
-        self.choose = random.Random(seed)
+        self.choose, self.mode = random.Random(seed), mode
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         rule = RULES.get(func)
         if rule is None:
             return func(*args, **(kwargs or {}))
+        if rule is _group_norm and self.mode.coarse:
+            return self._group_norm_in_float32(*args, **(kwargs or {}))
         return rule(self.choose, *args, **(kwargs or {}))
+
+    def _group_norm_in_float32(self, x, groups, weight, bias, eps):
+        return InFloat32.apply(self.mode, self.choose, groups, eps, x, weight, bias)
+
+
+class InFloat32(torch.autograd.Function):
+    """A GroupNorm that is float32's within, forward and backward, and coarse at its ends (S7)."""
+
+    @staticmethod
+    def forward(ctx, mode, choose, groups, eps, x, weight, bias):
+        ctx.mode, ctx.choose, ctx.groups, ctx.eps = mode, choose, groups, eps
+        ctx.save_for_backward(x, weight, bias)
+        with mode.network(False):
+            y = _group_norm(choose, x, groups, weight, bias, eps)
+        return y * 1  # a result of the network: moved as one
+
+    @staticmethod
+    def backward(ctx, dy):
+        inputs = [value.detach().requires_grad_() for value in ctx.saved_tensors]
+        with ctx.mode.network(False), torch.enable_grad():
+            x, weight, bias = inputs
+            y = _group_norm(ctx.choose, x, ctx.groups, weight, bias, ctx.eps)
+            grads = torch.autograd.grad(y, inputs, dy)
+        return None, None, None, None, *(g * 1 for g in grads)
 
 
 def _conv2d(_choose, x, weight, bias, stride=(1, 1), padding=(0, 0), *_others):
@@ -290,23 +383,37 @@ RULES: dict[Any, Callable] = {
 }
 
 
-def errors(got: np.ndarray, expected: np.ndarray) -> dict[str, float]:
-    """The error of a result by norm: relative L2, and relative to the largest element."""
+def errors(
+    got: np.ndarray, expected: np.ndarray, norms: tuple[str, ...] = ("l2", "max")
+) -> dict[str, float]:
+    """The error of a result by norm: relative L2, relative to the largest element, or of each."""
     difference = got - expected
-    scale_l2 = float(np.linalg.norm(expected)) or 1.0
-    scale_max = float(np.abs(expected).max()) or 1.0
-    return {
-        "l2": float(np.linalg.norm(difference)) / scale_l2,
-        "max": float(np.abs(difference).max()) / scale_max,
-    }
+    found = {}
+    for norm in norms:
+        if norm == "each":
+            found[norm] = float(np.abs(difference / expected).max())
+        elif norm == "l2":
+            scale = float(np.linalg.norm(expected)) or 1.0
+            found[norm] = float(np.linalg.norm(difference)) / scale
+        else:
+            found[norm] = float(np.abs(difference).max()) / (float(np.abs(expected).max()) or 1.0)
+    return found
 
 
 def perturbed_run(
-    case: Case, given: dict, params: dict | None, seed: int, dtype: torch.dtype = torch.float32
+    case: Case,
+    given: dict,
+    params: dict | None,
+    seed: int,
+    dtype: torch.dtype = torch.float32,
+    precision: str = "float32",
 ) -> dict[str, np.ndarray]:
     """The results of a case with every operation perturbed by one seed."""
     oracle = Oracle(case.full_config, params, dtype, random.Random(seed))
-    with Decomposed(seed), Perturbed(seed, dtype):
+    mode = Perturbed(seed, dtype, precision)
+    oracle.in_network = mode.network
+    oracle.entering = lambda x: x * 1 if mode.coarse else x  # a result of the network: moved as one
+    with Decomposed(seed, mode), mode:
         return oracle.run(case.call, given, case.options)
 
 
@@ -316,16 +423,17 @@ def floors(
     params: dict | None,
     seeds: list[int],
     dtype: torch.dtype = torch.float32,
+    precision: str = "float32",
 ) -> dict[str, dict[str, float]]:
     """Output name -> norm -> the largest error over these seeds."""
     torch.set_num_threads(1)
     largest: dict[str, dict[str, float]] = {}
     for seed in seeds:
-        results = perturbed_run(case, given, params, seed, dtype)
+        results = perturbed_run(case, given, params, seed, dtype, precision)
         for name, expected in case.expected.items():
             got = results[name]
             got = got if got.shape == expected.shape else got.reshape(-1)[:: case.stride]
             before = largest.setdefault(name, {})
-            for norm, value in errors(got, expected).items():
+            for norm, value in errors(got, expected, norms_of(case, name)).items():
                 before[norm] = max(before.get(norm, 0.0), value)
     return largest

@@ -1,14 +1,15 @@
 """Writes the schedule tables and the goldens, or checks those that are committed.
 
-`python -m spec.generate` writes, `python -m spec.generate --check` compares. Needs torch, diffusers
-and mpmath: the rule that `spec` imports no framework does not hold for this module and for those
-that only it imports (agree, cases, causes, floor, oracle, tables, tolerance). The method is
-described in SPEC.md under "Goldens".
+`python -m spec.generate` writes, `--missing` keeps what is there and makes what is not, `--check`
+compares. Needs torch, diffusers and mpmath: the rule that `spec` imports no framework does not hold
+for this module and for those that only it imports (agree, cases, causes, floor, oracle, tables,
+tolerance). The method is described in SPEC.md under "Goldens".
 """
 
 import concurrent.futures
 import importlib.metadata
 import json
+import math
 import multiprocessing
 import platform
 import time
@@ -24,9 +25,10 @@ from safetensors.numpy import save
 from spec import tables
 from spec.agree import AgreementError, agreement, distance
 from spec.cases import CHECKPOINT, Case, Inputs, golden_cases
-from spec.floor import SEEDS, floors
+from spec.floor import SEEDS, asks_network, floors, seeds_of
 from spec.goldens import FORMAT, GOLDENS, GoldenError, Goldens, sha256
 from spec.oracle import Oracle
+from spec.params import initial_params
 from spec.tolerance import median_floors, part_of, tolerance, vanishes
 
 Tree = dict[str, np.ndarray]
@@ -52,6 +54,7 @@ ORACLES = {
     "apply_gradients": "torch.optim.Adam, float64",
     "train_steps": "diffusers UNet2DModel, torch autograd and torch.optim.Adam, float64",
     "sample": "diffusers UNet2DModel and schedulers, float64",
+    "train_run": "diffusers UNet2DModel and schedulers, torch autograd and Adam, float64",
 }
 console = Console()
 
@@ -60,6 +63,9 @@ def fetch(case: Case, inputs: Inputs) -> tuple[dict[str, Any], Tree | None]:
     """The arrays and trees that a case's references name, and its parameters."""
     get = inputs.tree if case.call == "apply_gradients" else inputs.array
     given = {key: get(reference) for key, reference in case.inputs.items()}
+    if case.call == "train_run":  # from initial weights (S10)
+        start = initial_params(case.full_config, case.options["seed"])
+        return given, {name: value.astype(np.float64) for name, value in start.items()}
     return given, inputs.tree(case.params) if case.params else None
 
 
@@ -92,30 +98,51 @@ def solve(case: Case, given: dict[str, Any], params: Tree | None) -> dict[str, f
     return apart
 
 
-def measure(cases: list[Case], inputs: Inputs, seeds: range) -> None:
-    """Fill in every case's floors, over these seeds, in parallel processes."""
+def precisions(case: Case) -> list[str]:
+    """The precisions in which the case has floors of its own."""
+    if case.level == 0:
+        return []
+    return list(SEEDS) if asks_network(case) else ["float32"]
+
+
+def measure(cases: list[Case], inputs: Inputs, most: int | None = None) -> None:
+    """Fill in the floors that cases lack, over all seeds or at most so many, in processes."""
     context = multiprocessing.get_context("spawn")
-    measured = [case for case in cases if case.level > 0]
-    chunks = [list(seeds[i : i + CHUNK]) for i in range(0, len(seeds), CHUNK)]
+    tasks = []
+    for case in cases:
+        for precision in precisions(case):
+            if precision not in case.floors:
+                seeds = list(range(seeds_of(case, precision)))[:most]
+                chunk = 1 if case.call == "train_run" else CHUNK
+                tasks += [
+                    (case, precision, seeds[i : i + chunk]) for i in range(0, len(seeds), chunk)
+                ]
+    tasks.sort(key=lambda task: -task[0].level)  # long ones first
     with (
         Progress(console=console) as progress,
         concurrent.futures.ProcessPoolExecutor(WORKERS, context) as pool,
     ):
-        task = progress.add_task("noise floors", total=len(measured) * len(chunks))
+        bar = progress.add_task("noise floors", total=len(tasks))
         futures = {
-            pool.submit(floors, case, *fetch(case, inputs), chunk): case
-            for case in measured
-            for chunk in chunks
+            pool.submit(floors, case, *fetch(case, inputs), seeds, precision=precision): (
+                case,
+                precision,
+            )
+            for case, precision, seeds in tasks
         }
+        measured: dict[tuple[str, str], dict[str, dict[str, float]]] = {}
         for future in concurrent.futures.as_completed(futures):
-            known = futures[future].floors
+            case, precision = futures[future]
+            known = measured.setdefault((case.id, precision), {})
             for name, found in future.result().items():
                 before = known.get(name, found)
                 known[name] = {norm: max(before[norm], value) for norm, value in found.items()}
-            progress.advance(task)
-    for case in measured:  # three digits are recorded, and what is recorded is what counts
-        for found in case.floors.values():
-            found |= {norm: float(f"{value:.3g}") for norm, value in found.items()}
+            progress.advance(bar)
+    for case in cases:  # three digits are recorded, and what is recorded is what counts
+        for precision in precisions(case):
+            for name, found in measured.get((case.id, precision), {}).items():
+                rounded = {norm: float(f"{value:.3g}") for norm, value in found.items()}
+                case.floors.setdefault(precision, {})[name] = rounded
 
 
 def solve_all(cases: list[Case], inputs: Inputs) -> None:
@@ -124,6 +151,9 @@ def solve_all(cases: list[Case], inputs: Inputs) -> None:
     with Progress(console=console) as progress:
         task = progress.add_task("goldens from two sources", total=len(cases))
         for case in cases:
+            if case.expected:
+                progress.advance(task)
+                continue
             for kind, value in solve(case, *fetch(case, inputs)).items():
                 key = case.level, kind
                 worst[key] = max(worst.get(key, 0.0), value)
@@ -165,8 +195,8 @@ def entries(cases: list[Case]) -> list[dict[str, Any]]:
             if value.shape != case.shapes[name]:
                 output["stride"] = case.stride
             output["tolerance"] = tolerance(case, name, medians)
-            if name in case.floors:
-                output["floor"] = case.floors[name]
+            if case.floors:
+                output["floor"] = {p: floors_of[name] for p, floors_of in case.floors.items()}
         entry |= {"causes": list(case.causes), "oracle": case.oracle}
         result.append(entry)
     return result
@@ -206,15 +236,58 @@ def tensors_of(inputs: Inputs, cases: list[Case]) -> dict[str, Tree]:
     return files
 
 
-def write(folder: Path) -> None:
+def recall(folder: Path, cases: list[Case], inputs: Inputs) -> int:
+    """Take over what is stored of every case that is still the same; gives how many those are."""
+    goldens = Goldens(folder)
+    goldens.verify()
+    raw = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+    entries_by_id = {entry["id"]: entry for entry in raw["cases"]}
+    stored = {case.id: case for case in goldens.cases}
+    changed = _changed_inputs(goldens, inputs, new=True)
+    count = 0
+    for case in cases:
+        entry = entries_by_id.get(case.id)
+        # an input is a tensor, or the tree of all those below it
+        used = [*case.inputs.values(), *([case.params] if case.params else [])]
+        touched = any(c == ref or c.startswith(f"{ref}/") for ref in used for c in changed)
+        same = (
+            entry
+            and not touched
+            and all(
+                entry.get(key, missing) == json.loads(json.dumps(getattr(case, key)))
+                for key, missing in (
+                    ("config", None),
+                    ("replace", {}),
+                    ("call", None),
+                    ("params", None),
+                    ("inputs", {}),
+                    ("options", {}),
+                )
+            )
+        )
+        if not entry or not same:
+            continue
+        for output in stored[case.id].outputs:
+            case.expected[output.name] = goldens.expected(stored[case.id], output)
+            case.shapes[output.name] = output.shape
+            for precision, found in entry["outputs"][output.name].get("floor", {}).items():
+                case.floors.setdefault(precision, {})[output.name] = found
+        case.oracle = entry["oracle"]
+        count += 1
+    return count
+
+
+def write(folder: Path, missing: bool = False) -> None:
     """Write tables, tensors and manifest. Raises AgreementError, and then writes no golden."""
     tables.SCHEDULES.mkdir(exist_ok=True)
     for stem in tables.CASES:
         (tables.SCHEDULES / f"{stem}.csv").write_text(tables.csv_text(stem), encoding="ascii")
     inputs = Inputs()
     cases = golden_cases(inputs)
+    if missing:
+        console.print(f"{recall(folder, cases, inputs)} of {len(cases)} cases are kept")
     solve_all(cases, inputs)
-    measure(cases, inputs, range(SEEDS))
+    measure(cases, inputs)
     folder.mkdir(exist_ok=True)
     files = {
         stem: save({key: np.array(value, order="C") for key, value in tree.items()})
@@ -244,28 +317,37 @@ def check(folder: Path) -> list[str]:
     goldens.verify()
     inputs = Inputs()
     cases = golden_cases(inputs)
-    problems += _check_inputs(goldens, inputs)
+    changed = _changed_inputs(goldens, inputs)
+    problems += [f"{reference} is not what the shared stream draws" for reference in changed]
     solve_all(cases, inputs)
     problems += _check_tensors(goldens, cases)
     problems += _check_floors(folder, cases, inputs)
     return problems
 
 
-def _check_inputs(goldens: Goldens, inputs: Inputs) -> list[str]:
-    """Compare the inputs drawn now with those stored, which then take their place."""
-    problems, count = [], 0
+def _changed_inputs(goldens: Goldens, inputs: Inputs, new: bool = False) -> list[str]:
+    """References of inputs that are drawn otherwise than stored; all others become the stored ones.
+
+    With `new`, one that is not stored at all counts as changed; else GoldenError is raised.
+    """
+    changed, count = [], 0
     for stem, tree in inputs.files.items():
         for key, value in tree.items():
             if stem.startswith("checkpoints/"):
                 continue
-            stored = goldens.array(f"{stem}:{key}")
+            reference = f"{stem}:{key}"
+            if new and not goldens.holds(reference):
+                changed.append(reference)
+                continue
+            stored = goldens.array(reference)
             apart = np.abs(stored - value) if value.dtype.kind == "f" else stored != value
             if stored.shape != value.shape or (apart > INPUTS_APART * np.abs(value)).any():
-                problems.append(f"{stem}:{key} is not what the shared stream draws")
-            tree[key] = stored
+                changed.append(reference)
+            else:
+                tree[key] = stored
             count += 1
     console.print(f"compared {count} input tensors with the shared stream")
-    return problems
+    return changed
 
 
 def _check_tensors(goldens: Goldens, cases: list[Case]) -> list[str]:
@@ -294,28 +376,36 @@ def _check_tensors(goldens: Goldens, cases: list[Case]) -> list[str]:
 def _check_floors(folder: Path, cases: list[Case], inputs: Inputs) -> list[str]:
     """Compare one seed's errors with the recorded floors, and the manifest with its derivation."""
     raw = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-    recorded = {
-        entry["id"]: {name: o["floor"] for name, o in entry["outputs"].items() if "floor" in o}
-        for entry in raw["cases"]
-    }
-    measure(cases, inputs, range(1))
+    recorded: dict[str, dict[str, dict[str, dict[str, float]]]] = {}
+    for entry in raw["cases"]:
+        by_precision = recorded.setdefault(entry["id"], {})
+        for name, output in entry["outputs"].items():
+            for precision, found in output.get("floor", {}).items():
+                by_precision.setdefault(precision, {})[name] = found
+    measure(cases, inputs, most=1)
     problems, count = [], 0
     for case in cases:
-        if set(case.floors) != set(recorded[case.id]):
-            problems.append(f"{case.id}: floors are recorded for other outputs")
+        known_floors = recorded[case.id]
+        if {p: set(f) for p, f in case.floors.items()} != {
+            p: set(f) for p, f in known_floors.items()
+        }:
+            problems.append(f"{case.id}: floors are recorded for other outputs or precisions")
             continue
-        for name, found in case.floors.items():
-            for norm, value in found.items():
-                known = recorded[case.id][name][norm]
-                count += 1
-                if not value <= FLOOR_MARGIN * known:
-                    problems.append(
-                        f"{case.id} {name}: one seed errs by {value:.2g} ({norm}), "
-                        f"the recorded floor is {known:.2g}"
-                    )
-                if not 0 <= known < 1 or (known == 0) != (value == 0):
-                    problems.append(f"{case.id} {name}: floor {known} ({norm}) says nothing")
-        case.floors = recorded[case.id]
+        for precision, by_name in case.floors.items():
+            for name, found in by_name.items():
+                for norm, value in found.items():
+                    known = known_floors[precision][name][norm]
+                    count += 1
+                    if not value <= FLOOR_MARGIN * known:
+                        problems.append(
+                            f"{case.id} {name}: one {precision} seed errs by {value:.2g} ({norm}), "
+                            f"the recorded floor is {known:.2g}"
+                        )
+                    if not 0 <= known < math.inf or (known == 0) != (value == 0):
+                        problems.append(
+                            f"{case.id} {name}: {precision} floor {known} ({norm}) says nothing"
+                        )
+        case.floors = known_floors
     console.print(
         f"compared {count} noise floors with one seed, at most {FLOOR_MARGIN:g} times as large"
     )
@@ -331,11 +421,15 @@ def main(
     check_only: Annotated[
         bool, typer.Option("--check", help="Compare with what is committed; write nothing.")
     ] = False,
+    missing: Annotated[
+        bool,
+        typer.Option("--missing", help="Keep what is stored; make cases and floors that it lacks."),
+    ] = False,
 ) -> None:
     """Write spec/schedules and spec/goldens, or check them."""
     start = time.monotonic()
     try:
-        problems = check(GOLDENS) if check_only else write(GOLDENS)
+        problems = check(GOLDENS) if check_only else write(GOLDENS, missing)
     except (AgreementError, GoldenError) as error:
         console.print(f"[red]{error}[/red]")
         raise typer.Exit(1) from error

@@ -42,7 +42,7 @@ class Case:
     level: int
     clause: str  # "S7"
     config: Config
-    call: str  # a method of the protocol, or "train_steps"
+    call: str  # a method of the protocol, or "train_steps", or "train_run"
     params: str | None  # reference of the parameter tree; None: from seed 0
     inputs: dict[str, str]  # argument -> reference of an array or, for `grads`, of trees
     options: dict[str, Any]  # plain arguments
@@ -125,6 +125,11 @@ class Goldens:
             seen.add(case.id)
             for output in case.outputs:
                 self.expected(case, output)
+
+    def holds(self, reference: str) -> bool:
+        """Whether there is a tensor of this reference."""
+        stem, _, key = reference.partition(":")
+        return stem in self.files and key in self._read(stem)
 
     def array(self, reference: str) -> np.ndarray:
         """The tensor that a reference names, as stored."""

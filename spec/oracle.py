@@ -20,6 +20,7 @@ import numpy as np
 import torch
 
 from spec.config import Config
+from spec.noise import training_draws
 from spec.params import blocks, parameter_shapes
 from spec.reference import ddim_times
 from spec.tables import exact_tables
@@ -101,6 +102,8 @@ class Oracle:
         self.config, self.dtype, self.choose = config, dtype, choose
         self.tables = exact_tables(config)
         self.plain = choose is not None  # schedule arithmetic and Adam written out
+        self.in_network = contextlib.nullcontext  # entered where the network computes
+        self.entering = lambda x: x  # what becomes of an activation that enters it
         if params is not None:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
@@ -244,7 +247,8 @@ class Oracle:
 
     def network(self, x, t, labels):
         """The network on x [B, H, W, C]; t and labels are integer tensors."""
-        out = self.model(planes(x), t, class_labels=labels).sample
+        with self.in_network():
+            out = self.model(planes(self.entering(x)), t, class_labels=labels).sample
         return out.permute(0, 2, 3, 1)
 
     @contextlib.contextmanager
@@ -276,13 +280,17 @@ class Oracle:
 
     def run_block(self, name, x, emb, t, labels):
         """The output of one block alone."""
+        with self.in_network():
+            return self._run_block(name, x, emb, t, labels)
+
+    def _run_block(self, name, x, emb, t, labels):
         if name == "emb":
             whole = self.model.time_embedding(self.model.time_proj(t))
             return whole if labels is None else whole + self.model.class_embedding(labels)
         module = self.model.get_submodule(name)
         if name == "time_proj":
             return module(t)
-        x = planes(x)
+        x, emb = planes(self.entering(x)), None if emb is None else self.entering(emb)
         if name == "conv_out":
             x = self.model.conv_act(self.model.conv_norm_out(x))
         out = module(x) if emb is None else module(x, emb)
@@ -298,7 +306,8 @@ class Oracle:
         out = self.network(self.q_sample(x0, t.numpy(), noise), t, labels)
         difference = out - self.target(x0, t.numpy(), noise)
         loss = (difference * difference).mean()
-        loss.backward()
+        with self.in_network():
+            loss.backward()
         return loss.detach(), {name: p.grad.detach() for name, p in self.params().items()}
 
     # S9
@@ -389,10 +398,14 @@ class Oracle:
             for name, value in self._parted(p).items():
                 params[name].copy_(value)
 
-    def moved(self, before: Tree, prefix: str = "") -> Tree:
-        """delta, m, v and ema_delta by name, against the parameters before."""
+    def gather_state(self) -> None:
+        """Part m, v and the EMA by name again, where an update has joined them."""
         if self.flat is not None:
             self.m, self.v, self.ema = (self._parted(part) for part in self.flat[1:])
+
+    def moved(self, before: Tree, prefix: str = "") -> Tree:
+        """delta, m, v and ema_delta by name, against the parameters before."""
+        self.gather_state()
         result: Tree = {}
         for name, p in self.params().items():
             start = self.tensor(before[name]).double()
@@ -502,6 +515,25 @@ class Oracle:
             if i + 1 in options["record"]:
                 results |= self.moved(before, f"{i + 1}/")
         return {"loss": torch.stack(losses)} | results
+
+    def _run_train_run(self, given, _trees, options):
+        """S10's run: the batches, times, noise and label dropout of every step from the stream."""
+        self.start()
+        losses, images, classes = [], given["images"], given["classes"]
+        for step in range(options["steps"]):
+            draws = training_draws(self.config, len(images), options["seed"], step)
+            rows, t, noise, drop = (self.tensor(value) for value in draws)
+            loss, grads = self.loss_and_grads(images[rows], t, noise, classes[rows], drop)
+            self.update(grads)
+            losses.append(loss)
+        self.gather_state()
+        with torch.no_grad():
+            params = self.params()
+            for name, value in self.ema.items():
+                params[name].copy_(value)
+            asked = {"noise": None, **options["sample"]}
+            trajectory = self.sample(given["x"], labels=given["labels"], **asked)
+        return {"loss": torch.stack(losses), "samples": trajectory[-1]}
 
     def _run_sample(self, given, _trees, options):
         with torch.no_grad():

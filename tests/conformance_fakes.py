@@ -23,6 +23,7 @@ BATCH = 3
 TOLERANCE = {
     "float64": {"l2": 1e-10, "reason": "float64"},
     "float32": {"max": 1e-5, "l2": 1e-5, "reason": "float32, made up"},
+    "bf16": {"l2": 1e-2, "reason": "bf16, made up"},
 }
 # A float32 parameter rounds at 6e-8 of itself, which is much of an EMA's first small move.
 MOVED = TOLERANCE | {"float32": {"l2": 1e-2, "reason": "float32 parameters, made up"}}

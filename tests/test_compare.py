@@ -11,6 +11,7 @@ from spec.goldens import Case, GoldenError, Output
 from spec.params import parameter_shapes
 
 CONFIG = load_config("tiny")
+SIZES = [norm for norm in NORMS if norm != "finite"]  # those that measure one
 RNG = np.random.Generator(np.random.Philox(3))
 GOLDEN = RNG.normal(size=(3, 4, 4)) + 0.1
 
@@ -38,7 +39,7 @@ def changed(index, value):
 
 
 def test_equal_passes_in_every_norm():
-    finding = one(GOLDEN.copy(), l2=0.0, max=0.0, each=0.0, abs=0.0)
+    finding = one(GOLDEN.copy(), l2=0.0, max=0.0, each=0.0, abs=0.0, finite=0.0)
     assert finding.ok
     assert finding.ratio == 0
     assert {measure.norm for measure in finding.measures} == set(NORMS)
@@ -71,7 +72,7 @@ WRONG = {
 }
 
 
-@pytest.mark.parametrize("limits", [{norm: 1e-8} for norm in NORMS], ids=NORMS)
+@pytest.mark.parametrize("limits", [{norm: 1e-8} for norm in SIZES], ids=SIZES)
 @pytest.mark.parametrize("what", WRONG)
 def test_wrong_results_fail_in_every_norm(what, limits):
     got, problem = WRONG[what]
@@ -88,7 +89,20 @@ def test_a_huge_but_finite_result_fails_without_a_warning(recwarn):
     assert not recwarn.list
 
 
-@pytest.mark.parametrize("norm", NORMS)
+def test_finite_asks_for_shape_dtype_and_finiteness_alone():
+    assert one(GOLDEN + 1, finite=0.0).ok
+    assert one(GOLDEN + 1, finite=0.0).ratio == 0
+    for got, problem in (
+        (changed((0, 0, 0), np.nan), "not finite"),
+        (changed((1, 0, 0), np.inf), "not finite"),
+        (GOLDEN[:2], "shape"),
+        (GOLDEN.astype(np.float32), "dtype"),
+        (None, "missing"),
+    ):
+        assert one(got, finite=0.0).problem == problem
+
+
+@pytest.mark.parametrize("norm", SIZES)
 def test_the_edge_of_the_tolerance(norm):
     expected = np.array([1.0, -2.0, 4.0])
     direction = np.array([0.0, 0.0, 1e-6])

@@ -250,7 +250,13 @@ def test_gradients_and_states_must_fit(model, recorder):
 @pytest.mark.parametrize(
     ("change", "error", "words"),
     [
-        ({"dtype": "float16"}, ValueError, "dtype = 'float16' is unknown; choose one of float32"),
+        ({"dtype": "float16"}, ValueError, "dtype = 'float16' is unknown; choose one of float64"),
+        ({"dtype": "tf32"}, ValueError, "'tf32' is a mode of NVIDIA GPUs; use float32, or device="),
+        (
+            {"dtype": "bf16", "dtypes": ("float64", "float32")},
+            ValueError,
+            "dtype = 'bf16' is unknown; choose one of float64, float32$",
+        ),
         ({"mode": "fast"}, ValueError, "mode = 'fast'"),
         ({"device": "tpu"}, ValueError, "device = 'tpu'"),
         ({"config": "tiny"}, TypeError, "config is a str; give a Config"),
