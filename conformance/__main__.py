@@ -1,4 +1,4 @@
-"""The command line: `python -m conformance run`, `lines`, `samples`."""
+"""The command line: `python -m conformance run`, `parity`, `samples`, `lines`."""
 
 import signal
 import sys
@@ -8,8 +8,8 @@ from typing import Annotated
 
 import typer
 
-from conformance import bench, lines, samples, show
-from conformance.process import ROOT, CannotStart, Impl, Setup
+from conformance import bench, lines, parity, samples, show
+from conformance.process import ROOT, CannotStart, Impl, Setup, interpreter, shipped
 from conformance.reports import Report, write_all
 from conformance.runner import (
     Column,
@@ -19,6 +19,7 @@ from conformance.runner import (
     check_dtypes,
     check_jobs,
     check_threads,
+    default_dtypes,
     in_column,
     parse_impl,
     select,
@@ -64,16 +65,21 @@ def _plan(
     timeout: float,
     folder: Path,
 ) -> Plan:
-    """Everything asked for, checked before any work. Raises UsageError or GoldenError."""
+    """Everything asked for, checked before any work. Raises UsageError or GoldenError.
+
+    No dtypes: those of the device, of which a backend may lack the optional ones.
+    """
+    asked = bool(dtypes)
     chosen: dict[str, Impl] = {}
     for text in impls:
         impl = parse_impl(text, sys.executable)
         if impl.name in chosen:
             raise UsageError(f"--impl {impl.name} is given twice; give each backend once")
         chosen[impl.name] = impl
-    dtypes = check_dtypes(dtypes)
     if device not in DEVICES:
         raise UsageError(f"--device {device!r} is unknown; choose one of {', '.join(DEVICES)}")
+    standard, optional = default_dtypes(device)
+    dtypes = check_dtypes(dtypes or standard)
     if mode is not None and mode not in MODES:
         raise UsageError(f"--mode {mode!r} is unknown; choose one of {', '.join(MODES)}")
     if not 0 < timeout <= 86400:
@@ -82,11 +88,16 @@ def _plan(
     goldens = Goldens(folder.absolute())
     cases = select(goldens, levels, globs)
     goldens.verify()
+    if (
+        not asked
+    ):  # goldens of somebody's own may have no tolerance for a column that may be lacking
+        dtypes = [d for d in dtypes if d not in optional or in_column(cases, d)]
     for dtype in dtypes:
         if not in_column(cases, dtype):
             raise UsageError(f"no selected case has a {dtype} tolerance; choose other cases")
     setup = Setup(goldens.folder, device, mode, threads, timeout, cases[0].config)
-    return Plan(list(chosen.values()), dtypes, goldens, cases, setup)
+    lacking = frozenset() if asked else frozenset(optional)
+    return Plan(list(chosen.values()), dtypes, goldens, cases, setup, lacking)
 
 
 def _refuse(error: Exception) -> typer.Exit:
@@ -99,10 +110,12 @@ def _refuse(error: Exception) -> typer.Exit:
 @app.command()
 def run(
     impl: Impls,
-    dtype: Annotated[list[str], typer.Option(help="float64, float32; default: both.")] = [  # noqa: B006
-        "float64",
-        "float32",
-    ],
+    dtype: Annotated[
+        list[str],
+        typer.Option(
+            help="float64, float32, tf32 or bf16; default: the first two, and all on a GPU."
+        ),
+    ] = [],  # noqa: B006
     device: Device = "cpu",
     mode: Mode = None,
     level: Annotated[list[int], typer.Option(help="Run only this level.")] = [],  # noqa: B006
@@ -163,14 +176,21 @@ def run(
 
 def _run(suite: Suite, watch: show.Watch, jobs: int) -> Report:
     """Start every worker, which tells what is missing; then run `jobs` columns at a time."""
+    plan, asked, lacking = suite.plan, [], []
     with watch.steps("starting") as seen:
-        for impl in suite.plan.impls:
-            for dtype in suite.plan.dtypes:
+        for impl in plan.impls:
+            for dtype in plan.dtypes:
                 seen(f"{impl.name} {dtype}")
-                suite.worker(impl, dtype).start()
-    plan, asked = suite.plan, []
-    for impl in plan.impls:
-        asked += [(impl, dtype) for dtype in plan.dtypes]
+                try:
+                    suite.worker(impl, dtype).start()
+                except CannotStart as error:
+                    if not (error.lacks and dtype in plan.optional):
+                        raise
+                    lacking.append(str(error))
+                else:
+                    asked.append((impl, dtype))
+    for text in lacking:
+        watch.say(text)
     with watch.columns() as follow, ThreadPoolExecutor(min(jobs, len(asked))) as pool:
 
         def run_column(impl: Impl, dtype: str) -> Column:
@@ -226,6 +246,63 @@ def samples_command(
     for line in sample_notes(report.samples):
         watch.say(line)
     raise typer.Exit(0 if report.samples.ok else 1)
+
+
+@app.command("parity")
+def parity_command(
+    impl: Annotated[
+        list[str],
+        typer.Option(
+            "--impl",
+            metavar="MODULE[=PYTHON]",
+            help="A backend; default: all that stand here, each with the environment nox made it.",
+        ),
+    ] = [],  # noqa: B006
+    steps: Annotated[int, typer.Option(help="Train steps.")] = 100,
+    config: Annotated[str, typer.Option(help="A config's name, or a .toml file.")] = "digits",
+    seed: Annotated[
+        int | None,
+        typer.Option(help="Of initial weights and every draw; default: the golden run's, else 0."),
+    ] = None,
+    dtype: Annotated[
+        list[str], typer.Option(help="float64, float32, tf32 or bf16; default: the first two.")
+    ] = ["float64", "float32"],  # noqa: B006
+    device: Device = "cpu",
+    mode: Mode = None,
+    reports: Reports = Path("reports"),
+    goldens: GoldensFolder = GOLDENS,
+    timeout: Timeout = 300.0,
+    threads: Threads = None,
+    jobs: Annotated[
+        int | None, typer.Option(help="Runs at a time; default: 2, or 1 on one core.")
+    ] = None,
+) -> None:
+    """Train every backend on the same weights, batches and noise; draw and compare the runs."""
+    watch = show.Watch(show.console())
+    try:
+        chosen = load_config(config)
+        jobs = check_jobs(jobs)
+        impls = impl or [f"{name}={interpreter(name, device)}" for name in shipped()]
+        plan = _plan(impls, dtype, device, mode, [], [], threads, timeout, goldens)
+        plan.setup = Setup(**{**vars(plan.setup), "probe": chosen})
+        seed = parity.seed_of(plan.goldens, chosen) if seed is None else seed
+        parity.check_run(steps, seed)
+        with Suite(plan) as suite:
+            with watch.steps("starting") as seen:
+                for one in plan.impls:
+                    for column in plan.dtypes:
+                        seen(f"{one.name} {column}")
+                        suite.worker(one, column).start()
+            with watch.runs() as follow:
+                made = parity.make_parity(suite, chosen, steps, seed, jobs, follow)
+        paths = parity.write_all(made, reports)
+    except (UsageError, ConfigError, GoldenError, CannotStart) as error:
+        raise _refuse(error) from error
+    for line in made.notes():
+        watch.say(line)
+    watch.say(f"reports: {', '.join(map(str, paths))}")
+    watch.say(f"parity: {'passed' if made.ok else 'FAILED'}")
+    raise typer.Exit(0 if made.ok else 1)
 
 
 @app.command("lines")

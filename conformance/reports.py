@@ -15,6 +15,7 @@ import numpy as np
 
 from conformance.bench import Timing
 from conformance.compare import Finding
+from conformance.defaults import notes
 from conformance.process import ROOT
 from conformance.runner import Column, Plan, Result, finite
 from conformance.samples import Samples
@@ -185,6 +186,19 @@ def to_json(report: Report) -> dict[str, Any]:
             "problem": report.timing_problem,
             "entries": [timing.report() for timing in report.timings],
         },
+        "defaults": [
+            {
+                "backend": backend,
+                "matter": default.matter,
+                "clause": default.clause,
+                "note": default.note,
+                "case": default.case,
+                "dtype": default.dtype,
+                "measured": default.measured,
+            }
+            for backend, found in notes(impl.name for impl in plan.impls).items()
+            for default in found
+        ],
         "samples": None
         if report.samples is None and not report.samples_problem
         else (report.samples.report() if report.samples else {"ok": False})
@@ -310,6 +324,14 @@ def to_markdown(report: Report, values: dict[str, Any]) -> str:
     for result in failed:
         lines += ["", f"### {result.backend} {result.dtype}: {result.case.id}", ""]
         lines += [f"- {_plain(line)}" for line in explain(result)]
+    if defaults := notes(impl.name for impl in report.plan.impls):
+        lines += ["", "## Where the frameworks' own defaults differ", ""]
+        lines += [
+            "What a framework does unless told otherwise is not always this model. Each line was "
+            "found by the suite; SPEC.md explains them.",
+            "",
+        ]
+        lines += [f"- {_plain(f'{n}: {d.text}')}" for n, found in defaults.items() for d in found]
     lines += ["", "## What ran", ""]
     lines += _table(
         [

@@ -4,6 +4,7 @@ import contextlib
 import functools
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 from rich.console import Console, Group
 from rich.panel import Panel
@@ -11,6 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
+from conformance.defaults import notes
 from conformance.lines import ADDED, CORE, Count
 from conformance.reports import (
     Report,
@@ -26,6 +28,7 @@ from conformance.runner import Column, Result
 
 Following = contextlib.AbstractContextManager[Callable[[Result], None]]
 PANELS = 5  # printed for each backend; all are in the reports
+ABREAST = 8  # columns of the matrix side by side
 PLAIN_WIDTH = 132  # columns where the output is no terminal: eight columns of the matrix fit
 
 
@@ -69,6 +72,25 @@ class Watch:
         self.say(f"{name}: {f'{failed} not passed' if failed else 'all passed'}")
 
     @contextlib.contextmanager
+    def runs(self) -> Iterator[Callable[[str, int], Callable[[int], None]]]:
+        """Follows training runs beside each other: gives what hears how many steps are done."""
+        if self.out.is_terminal:
+            with self._bar() as bar:
+
+                def barred(name: str, total: int) -> Callable[[int], None]:
+                    task = bar.add_task(name, total=total, now="")
+                    return lambda done: bar.update(task, completed=done)
+
+                yield barred
+            return
+
+        def written(name: str, total: int) -> Callable[[int], None]:
+            self.say(f"{name}: {total} steps ...")
+            return lambda done: self.say(f"{name}: done") if done == total else None
+
+        yield written
+
+    @contextlib.contextmanager
     def steps(self, name: str) -> Iterator[Callable[[str], None]]:
         """Follows work whose steps say what they are."""
         if self.out.is_terminal:
@@ -93,9 +115,14 @@ class Watch:
         )
 
 
-def matrix(report: Report) -> Table:
-    """Rows are levels, columns backends and dtypes."""
+def matrices(report: Report) -> list[Table]:
+    """The matrix, in parts where it has more columns than a page is wide."""
     columns = to_json(report)["columns"]
+    return [matrix(columns[i : i + ABREAST]) for i in range(0, len(columns), ABREAST)]
+
+
+def matrix(columns: Sequence[dict[str, Any]]) -> Table:
+    """Rows are levels, columns backends and dtypes."""
     table = Table()
     table.add_column("level")
     for column in columns:
@@ -141,9 +168,14 @@ def show_report(out: Console, report: Report) -> None:
             out.print(Text(f"{backend}: {more} failures more, all in the reports\n"))
     if report.columns:
         out.print(Text("passed/all, and the worst error as a share of its tolerance"))
-        out.print(matrix(report))
+        for table in matrices(report):
+            out.print(table)
     for column in {column.backend: column for column in report.columns}.values():
         out.print(Text(what_ran(column), style="dim"))
+    for backend, found in notes(impl.name for impl in report.plan.impls).items():
+        matters = ", ".join(default.matter for default in found)
+        text = f"{backend} overrides what its framework does by default: {matters}"
+        out.print(Text(text, style="dim"))
     for column in report.columns:
         out.print(verdict(column))
     if report.timings:

@@ -232,6 +232,8 @@ def test_the_parent_and_the_machinery_import_no_framework():
         (["--case=L3/nothing"], 2, "'L3/nothing' matches none of 18 cases"),
         (["--level=8"], 2, "--level 8 has no cases"),
         (["--dtype=float16"], 2, "--dtype 'float16' is unknown; choose one of float64, float32"),
+        (["--dtype=bf16"], 2, "good has no bf16; it has float64, float32. Leave this --dtype out"),
+        (["--dtype=tf32"], 2, "no selected case has a tf32 tolerance"),
         (["--device=tpu"], 2, "--device 'tpu' is unknown; choose one of cpu, cuda, auto"),
         (["--mode=fast"], 2, "--mode 'fast' is unknown; choose one of eager, compiled"),
         (["--timeout=0"], 2, "--timeout 0 is outside"),
@@ -425,7 +427,8 @@ def test_requests_that_are_unknown_are_answered(goldens, place):
     assert worker.start()["protocol"] == 1
     reply = worker.ask({"do": "dance"}, 30.0)
     assert reply["status"] == "error"
-    assert "request 'dance' is unknown; known are hello, case, time, stop" in reply["message"]
+    known = "hello, case, time, train, stop"
+    assert f"request 'dance' is unknown; known are {known}" in reply["message"]
     reply = worker.ask({"do": "time", "part": "round"}, 30.0)
     assert "begins with part = 'open'" in reply["message"]
     worker.close()
@@ -462,6 +465,52 @@ Fake.describe = describe
             "JAX_ENABLE_X64": x64,
             "CUDA_VISIBLE_DEVICES": "",
         }
+
+
+HALF = """
+import numpy as np
+from conformance_fakes import Fake, opener
+
+
+class Half(Fake):
+    def cast(self, value):
+        if isinstance(value, dict):
+            return {key: self.cast(leaf) for key, leaf in value.items()}
+        kept = np.asarray(value, np.float32)
+        return (kept.view(np.uint32) & 0xFFFF0000).view(np.float32) if self.coarse else kept
+
+
+def open(config, params=None, *, seed=0, dtype="float32", device="auto", mode="compiled"):
+    opened = opener(Half)(config, params, seed=seed, dtype="float32", device="cpu", mode=mode)
+    opened.coarse = dtype == "bf16"
+    return opened
+
+
+name, modes, dtypes = "half", ("eager",), ("float64", "float32", "bf16")
+"""
+
+
+def test_a_column_of_a_coarser_precision_has_its_own_limits_and_float32_arrays(goldens, place):
+    add(place, "half", HALF)
+    arguments = ("--level=1", "--level=2")
+    done = conformance(goldens, *arguments, "--dtype=bf16", impl=["half"])
+    assert done.exit_code == 0, done.output
+    values = json.loads((place / "reports/conformance.json").read_text())
+    assert [column["dtype"] for column in values["columns"]] == ["bf16"]
+    assert max(result["ratio"] for result in values["results"]) > 0.01
+    # what is coarse everywhere is no float32
+    add(place, "half", HALF.replace('dtype == "bf16"', "True"))
+    assert conformance(goldens, *arguments, "--dtype=float32", impl=["half"]).exit_code == 1
+    assert conformance(goldens, *arguments, "--dtype=bf16", impl=["half"]).exit_code == 0
+
+
+def test_on_auto_a_backend_may_lack_what_only_a_gpu_has(goldens, place):
+    add(place, "good", GOOD)
+    done = conformance(goldens, "--level=0", "--device=auto", impl=["good"])
+    assert done.exit_code == 0, done.output
+    assert "good has no bf16; it has float64, float32" in done.output
+    columns = json.loads((place / "reports/conformance.json").read_text())["columns"]
+    assert [column["dtype"] for column in columns] == ["float64", "float32"]
 
 
 def test_text_for_xml_and_for_people():
