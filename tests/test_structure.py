@@ -25,9 +25,11 @@ FRAMEWORKS = {
 IMPLEMENTATIONS = sorted(path.name for path in ROOT.glob("impl_*") if path.is_dir())
 PACKAGES = ["spec", "conformance", "lab", *FRAMEWORKS]
 # What requirements/base.txt gives, by the names under which it is imported.
-LIBRARIES = {"matplotlib", "numpy", "PIL", "rich", "safetensors", "sklearn", "typer"}
+LIBRARIES = {"matplotlib", "numpy", "PIL", "pooch", "rich", "safetensors", "sklearn", "typer"}
 GENERATORS = {"torch", "diffusers", "mpmath"}  # the sources of the goldens, and nowhere else
 GENERATOR_FILES = {"spec/generate.py", "spec/oracle.py", "spec/floor.py", "spec/tables.py"}
+# What a dataset's files need, where they are read.
+DATA = {"spec/archives.py": {"pooch"}, "spec/folder.py": {"PIL"}}
 # What an implementation shares with the others: data, names and checks, never arithmetic.
 SHARED = {"spec.backend", "spec.config", "spec.noise", "spec.params"}
 PARALLEL = ("schedule.py", "diffusion.py", "train.py", "params.py")
@@ -61,7 +63,7 @@ def allowed_imports(path: str) -> set[str]:
     if path in GENERATOR_FILES:
         return {*LIBRARIES, *GENERATORS}
     if package == "spec":
-        return {"numpy", "safetensors", "sklearn"}
+        return {"numpy", "safetensors", "sklearn", *DATA.get(path, set())}
     if package in ("conformance", "lab"):
         return {"spec", *LIBRARIES}
     extra = {"lab"} if path.endswith("/__main__.py") else set()
@@ -124,6 +126,10 @@ def test_dependencies_point_one_way(package):
         ("spec/config.py", "import torch"),
         ("spec/reference.py", "import mpmath"),
         ("spec/noise.py", "import conformance.run"),
+        ("spec/noise.py", "def f():\n    import pooch"),
+        ("spec/data.py", "from PIL import Image"),
+        ("spec/archives.py", "import requests"),
+        ("spec/folder.py", "import rich"),
         ("spec/generate.py", "import impl_numpy"),
         ("spec/generate.py", "import tensorflow"),
     ],
@@ -138,6 +144,8 @@ def test_a_wrong_import_is_found(path, source):
         ("impl_torch/__main__.py", "from lab.cli import main"),
         ("impl_torch/unet.py", "import torch.nn.functional as F\nfrom impl_torch import layers"),
         ("spec/generate.py", "import torch, diffusers, mpmath\nfrom spec.reference import f"),
+        ("spec/archives.py", "def f():\n    import pooch"),
+        ("spec/folder.py", "def f():\n    from PIL import Image, ImageOps"),
         ("conformance/run.py", "import importlib\nimportlib.import_module(name)"),
     ],
 )
