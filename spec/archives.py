@@ -155,9 +155,11 @@ def fetch(name: str, progress: Progress) -> dict[str, Path]:
         ) from error
 
     def fetch_file(file: str, checksum: str) -> Path:
-        failures = []
+        failures, what = [], f"fetching {source.title}: {file}"
+        if not (folder / file).exists():
+            progress(what, 0, 1)  # a mirror that does not answer is waited for
         for mirror in source.mirrors:
-            bar = _Bar(progress, f"fetching {source.title}: {file}")
+            bar = _Bar(progress, what)
             downloader = pooch.HTTPDownloader(progressbar=bar, chunk_size=2**16)
             try:
                 return Path(

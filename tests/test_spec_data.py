@@ -467,12 +467,15 @@ def test_files_are_fetched_once(tmp_path, server, monkeypatch, capfd, name):
     ]
     for file, content in files.items():
         steps = [args[1:] for args in told if args[0].endswith(file)]
+        assert steps[0] == (0, 1)  # before anything has come
         assert steps[-1] == (len(content), len(content))
         assert all(0 <= done <= total for done, total in steps)
     assert told[-1][0].endswith(f"ing {SOURCES[name].title}")
     assert told[-1][1] == told[-1][2]
-    assert same(load_dataset(name), data)
+    told.clear()
+    assert same(load_dataset(name, progress=lambda *args: told.append(args)), data)
     assert len(server.requests) == len(files)
+    assert not [args for args in told if args[0].startswith("fetching")]
     assert capfd.readouterr() == ("", "")
 
 
