@@ -21,7 +21,7 @@ class ResBlock(nnx.Module):
         self.norm2 = group_norm(config.groups, fan_out, dtype)
         self.conv2 = conv(fan_out, fan_out, dtype)
         shortcut = conv(fan_in, fan_out, dtype, 1, pad=(0, 0)) if fan_in != fan_out else None
-        self.conv_shortcut = nnx.data(shortcut)
+        self.conv_shortcut = nnx.data(shortcut)  # part of the tree even where it is None
 
     def __call__(self, x, emb):
         h = self.conv1(silu(self.norm1(x)))  # S7
@@ -79,8 +79,8 @@ class UNet(nnx.Module):
     """The network; its parameters wait for load_params."""
 
     def __init__(self, config, dtype):
-        self.config, widths, emb_width = config, config.channels, config.time_width
-        count = config.layers_per_block
+        widths, count, emb_width = config.channels, config.layers_per_block, config.time_width
+        self.config = config
         self.time_embedding = nnx.Dict(
             linear_1=linear(widths[0], emb_width, dtype),
             linear_2=linear(emb_width, emb_width, dtype),
