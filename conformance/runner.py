@@ -24,6 +24,9 @@ from spec.backend import ARRAY_DTYPES, REQUIRED_DTYPES
 from spec.goldens import Case, GoldenError, Goldens
 
 
+RUN_TIME = 3  # times as long as another case may take: a training run is a hundred steps
+
+
 class UsageError(ValueError):
     """A request that cannot be carried out; the message names the value, the limit, the remedy."""
 
@@ -326,10 +329,11 @@ class Suite:
 
             path = self.folder / "given.safetensors"
             save_file({k: np.array(v, order="C") for k, v in given.items()}, path)
+        timeout = self.plan.setup.timeout * (RUN_TIME if case.call == "train_run" else 1)
         try:
-            reply = worker.ask(case_request(case, path), self.plan.setup.timeout)
+            reply = worker.ask(case_request(case, path), timeout)
         except WorkerDied as died:
-            seconds = self.plan.setup.timeout if died.status == "timed out" else 0.0
+            seconds = timeout if died.status == "timed out" else 0.0
             return Outcome(died.status, {}, seconds, died.message, died.stderr), {}
         fields = {key: reply[key] for key in ("seconds", "message", "trace") if key in reply}
         outcome = Outcome(reply["status"], **fields)
