@@ -23,7 +23,6 @@ from conformance.process import Impl, Setup, WorkerDied, WorkerProcess, case_req
 from spec.backend import ARRAY_DTYPES, REQUIRED_DTYPES
 from spec.goldens import Case, GoldenError, Goldens
 
-
 RUN_TIME = 3  # times as long as another case may take: a training run is a hundred steps
 
 
