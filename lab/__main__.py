@@ -1,0 +1,180 @@
+"""`python -m lab quality RUN`: measures the digits of a run, in whichever backend is there."""
+
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import typer
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from lab import quality as q
+from lab.files import json_text, read_run, write_atomically
+from spec.backend import METHODS, one_of
+
+DDIM_STEPS = 50
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # plain help and errors, the same in a terminal and in a log
+)
+console = Console(highlight=False, soft_wrap=True)
+
+
+@app.callback()
+def main() -> None:
+    """What can be said of a run."""
+
+
+def report_file(run: Path, chosen: Path | None) -> Path:
+    """Where the report goes: the chosen file, the run's folder, or beside a file of weights.
+
+    The picture goes beside it. Raises ValueError for a name that does not end with .json.
+    """
+    if chosen is None:
+        return run / "quality.json" if run.is_dir() else run.with_name(f"{run.stem}-quality.json")
+    if chosen.suffix != ".json" or chosen.is_dir():
+        raise ValueError(f"--json {chosen} is no JSON file; give a name that ends with .json")
+    return chosen
+
+
+def measure(
+    run: Path,
+    config: str | None,
+    backend: str | None,
+    scales: list[float],
+    method: str,
+    steps: int | None,
+    count: int | None,
+    seed: int,
+    device: str,
+    file: Path,
+) -> bool:
+    """Draw and measure digits at every scale; writes the report and the picture.
+
+    Gives whether the quality line is met. Raises ValueError, OSError or SampleError.
+    """
+    if not all(np.isfinite(scales)):
+        raise ValueError("--guidance-scale must be a finite number, such as 1.25")
+    one_of("--method", method, METHODS)
+    chosen, params = read_run(run, config)
+    q.check_config(chosen)
+    if steps is None:
+        steps = min(DDIM_STEPS, chosen.timesteps) if method == "ddim" else chosen.timesteps
+    file.parent.mkdir(parents=True, exist_ok=True)  # what cannot be is known before the work
+    module = q.find_backend(backend)
+    model = module.open(chosen, params, seed=seed, device=device, mode=module.modes[0])
+    facts = model.describe()
+    console.print(
+        f"{module.__name__}: {facts['framework']} on {facts['device']}, {facts['dtype']}, "
+        f"{facts['mode']}; config {chosen.name}"
+    )
+    real = q.RealDigits(count)
+    console.print(
+        f"{real.count} digits at each guidance scale, {method} in {steps} steps, seed {seed}"
+    )
+    labels = q.balanced_labels(real.count, chosen.num_classes)
+    digits, measured = [], []
+    bar = Progress(
+        TextColumn("guidance {task.fields[scale]:g}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("batches"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        console=console,
+    )
+    with bar:
+        task = bar.add_task("", total=len(scales) * q.batches(real.count), scale=scales[0])
+        for scale in scales:
+            bar.update(task, scale=scale)
+            parts = []
+            for part in q.draw(model, chosen, labels, scale, method, steps, seed):
+                parts.append(part)
+                bar.advance(task)
+            digits.append(np.concatenate(parts))
+            measured.append(real.measure(digits[-1], labels, scale))
+    about = {
+        "run": str(run),
+        "config": chosen.name,
+        "backend": {"module": module.__name__, **facts},
+        "method": method,
+        "steps": steps,
+        "seed": seed,
+    }
+    result = q.report(measured, real, about)
+    console.print(q.table(measured, real))
+    if not result["protocol"]["whole"]:
+        console.print(f"{real.count} digits only: rougher than the protocol's, see --count")
+    line = (
+        f"at least {q.LEAST_SHARE:.0%} read as asked and a ratio of at most {q.LARGEST_RATIO:g}, "
+        f"at one guidance scale of at most {q.LARGEST_SCALE:g}"
+    )
+    met = [f"{m.guidance_scale:g}" for m in measured if m.met]
+    console.print(f"quality line ({line}): {'met at ' + ', '.join(met) if met else 'not met'}")
+    write_atomically(file, json_text(result))
+    write_atomically(file.with_suffix(".png"), q.picture(measured, digits, labels, real))
+    console.print(f"wrote {file} and {file.with_suffix('.png')}")
+    return bool(met)
+
+
+@app.command()
+def quality(
+    run: Annotated[Path, typer.Argument(help="Folder of a run, or a .safetensors file.")],
+    config: Annotated[
+        str | None, typer.Option(help="A config's name or file; default: the folder's own.")
+    ] = None,
+    backend: Annotated[
+        str | None,
+        typer.Option(
+            help=f"Such as impl_numpy; default: the first there is of {', '.join(q.BACKENDS)}."
+        ),
+    ] = None,
+    guidance_scale: Annotated[
+        list[float] | None,
+        typer.Option(help="May be repeated; default 1, 1.25 and 1.5."),
+    ] = None,
+    method: Annotated[str, typer.Option(help="ddim or ddpm.")] = "ddim",
+    steps: Annotated[
+        int | None, typer.Option(min=1, help=f"Default {DDIM_STEPS} for ddim; all for ddpm.")
+    ] = None,
+    count: Annotated[
+        int | None,
+        typer.Option(help="Digits at each scale; fewer are quicker and rougher. Default 359."),
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Of the noise.")] = 0,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    json: Annotated[
+        Path | None,
+        typer.Option(help="Report; the picture goes beside it. Default RUN/quality.json."),
+    ] = None,
+) -> None:
+    """Say how many generated digits are read as asked, and how near they are to real ones.
+
+    Exit status: 0 where the quality line is met at one of the guidance scales, 1 where it is not,
+    2 where the command cannot be carried out.
+    """
+    scales = guidance_scale or list(q.SCALES)
+    try:
+        file = report_file(run, json)
+        met = measure(run, config, backend, scales, method, steps, count, seed, device, file)
+    except q.SampleError as error:
+        typer.echo(f"quality line not met: {error}", err=True)
+        raise typer.Exit(1) from error
+    except (ValueError, OSError) as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(2) from error
+    raise typer.Exit(0 if met else 1)
+
+
+if __name__ == "__main__":
+    app(prog_name="python -m lab")
