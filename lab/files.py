@@ -261,8 +261,10 @@ def from_scheduler(settings: dict[str, Any], base: Config) -> Config:
 def config_text(config: Config) -> str:
     """The config as TOML, one field a line, as `load_config` reads it."""
     values = dataclasses.asdict(config)
-    # JSON writes numbers, strings, booleans and lists as TOML does.
-    return "".join(f"{key} = {json.dumps(value)}\n" for key, value in values.items())
+    # JSON writes numbers, strings, booleans and lists as TOML does, but for two things: TOML has no
+    # pairs of escapes for one character, as of an emoji, and does not allow a bare DEL.
+    lines = [f"{key} = {json.dumps(value, ensure_ascii=False)}\n" for key, value in values.items()]
+    return "".join(lines).replace("\x7f", "\\u007f")
 
 
 def json_text(settings: dict[str, Any]) -> bytes:
@@ -307,7 +309,7 @@ def read_settings(path: Path) -> dict[str, Any]:
     """The object in a `config.json`. Raises FileError."""
     try:
         settings = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:  # the last: lists in lists in lists
         raise FileError(f"settings {path} cannot be read: {error}") from error
     if not isinstance(settings, dict):
         raise FileError(f"settings {path} hold a {type(settings).__name__}, expected an object")

@@ -298,6 +298,19 @@ def test_a_run_there_and_back(tmp_path, tiny):
         assert all(np.array_equal(read[key], params[key]) for key in params)
 
 
+@pytest.mark.parametrize("name", ["\N{GRINNING FACE}", "é", "a\x7f", 'a"\\\n'])
+def test_a_run_may_have_any_name(tmp_path, tiny, name):
+    config, params = tiny
+    write_run(tmp_path, config.replace(name=name), params)
+    assert read_run(tmp_path, None)[0] == config.replace(name=name)
+
+
+def test_settings_too_deep_to_parse_are_refused(tmp_path):
+    (tmp_path / SETTINGS).write_text("[" * 100_000)
+    with pytest.raises(FileError, match="cannot be read: maximum recursion depth"):
+        read_run(tmp_path, None)
+
+
 def test_old_attention_names_are_read(tmp_path, tiny):
     _, params = tiny
     old = {new: old for old, new in OLD_ATTENTION_NAMES.items()}
