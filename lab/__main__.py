@@ -1,5 +1,7 @@
 """`python -m lab quality RUN`: measures the digits of a run, in whichever backend is there."""
 
+import tempfile
+import traceback
 from pathlib import Path
 from typing import Annotated
 
@@ -42,9 +44,23 @@ def report_file(run: Path, chosen: Path | None) -> Path:
     """
     if chosen is None:
         return run / "quality.json" if run.is_dir() else run.with_name(f"{run.stem}-quality.json")
-    if chosen.suffix != ".json" or chosen.is_dir():
+    if chosen.suffix != ".json":
         raise ValueError(f"--json {chosen} is no JSON file; give a name that ends with .json")
     return chosen
+
+
+def check_place(file: Path) -> None:
+    """Make the folder of the report. Raises ValueError where report or picture cannot go there."""
+    for path in (file, file.with_suffix(".png")):
+        if path.is_dir():
+            raise ValueError(f"{path} is to be written, but is a folder; give another --json")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=file.parent).close()
+    except OSError as error:
+        raise ValueError(
+            f"{file} cannot be written ({error.strerror}); give another place with --json"
+        ) from error
 
 
 def measure(
@@ -70,15 +86,17 @@ def measure(
     q.check_config(chosen)
     if steps is None:
         steps = min(DDIM_STEPS, chosen.timesteps) if method == "ddim" else chosen.timesteps
-    file.parent.mkdir(parents=True, exist_ok=True)  # what cannot be is known before the work
-    module = q.find_backend(backend)
-    model = module.open(chosen, params, seed=seed, device=device, mode=module.modes[0])
+    check_place(file)  # what cannot be is known before the work
+    with console.status("opening the backend"):
+        module = q.find_backend(backend)
+        model = module.open(chosen, params, seed=seed, device=device, mode=module.modes[0])
     facts = model.describe()
     console.print(
         f"{module.__name__}: {facts['framework']} on {facts['device']}, {facts['dtype']}, "
         f"{facts['mode']}; config {chosen.name}"
     )
-    real = q.RealDigits(count)
+    with console.status("measuring real digits"):
+        real = q.RealDigits(count)
     console.print(
         f"{real.count} digits at each guidance scale, {method} in {steps} steps, seed {seed}"
     )
@@ -124,8 +142,9 @@ def measure(
     )
     met = [f"{m.guidance_scale:g}" for m in measured if m.met]
     console.print(f"quality line ({line}): {'met at ' + ', '.join(met) if met else 'not met'}")
-    write_atomically(file, json_text(result))
-    write_atomically(file.with_suffix(".png"), q.picture(measured, digits, labels, real))
+    image = q.picture(measured, digits, labels, real)
+    write_atomically(file.with_suffix(".png"), image)
+    write_atomically(file, json_text(result))  # last: where it is there, all is
     console.print(f"wrote {file} and {file.with_suffix('.png')}")
     return bool(met)
 
@@ -177,6 +196,9 @@ def quality(
         raise typer.Exit(1) from error
     except (ValueError, OSError) as error:
         typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(2) from error
+    except Exception as error:  # such as a GPU's memory that ran out: no verdict, so never 1
+        traceback.print_exc()
         raise typer.Exit(2) from error
     raise typer.Exit(0 if met else 1)
 

@@ -14,6 +14,8 @@ are held out (359), with balanced labels, clipped to [-1, 1].
 The quality line: share and ratio both hold at one and the same guidance scale, not too large a one.
 Fewer digits can be drawn for a quick look, and are then held against as many real ones. That cannot
 meet the line: chance puts both further off, and so moves the ratio of bad digits toward 1.
+
+Neither number tells new digits from copies of training digits: those would pass.
 """
 
 import dataclasses
@@ -162,7 +164,8 @@ def check_config(config: Config) -> None:
     if problems:
         raise ValueError(
             f"config {config.name!r} is not for digits that can be asked for by class: "
-            f"{'; '.join(problems)}. Quality is measured for such configs alone"
+            f"{'; '.join(problems)}. Quality is measured for such configs alone; where these are "
+            "digits, and the folder does not say so, name the config with --config"
         )
 
 
@@ -175,7 +178,7 @@ def find_backend(name: str | None) -> ModuleType:
     for candidate in BACKENDS if name is None else (name,):
         try:
             module = importlib.import_module(candidate)
-        except (ImportError, ValueError) as error:  # ValueError: a name such as "" or ".x"
+        except (ImportError, OSError, TypeError, ValueError) as error:  # names: "", ".x"
             reasons.append(f"{candidate} ({error})")
             continue
         if not hasattr(module, "open") or not hasattr(module, "modes"):
@@ -226,7 +229,7 @@ def draw(
         if not np.isfinite(images).all():
             raise SampleError(
                 f"at guidance scale {guidance_scale:g} digits hold NaN or infinity: the weights "
-                "are unfit, or not those of this config"
+                "are unfit, or not those of this config; no report was written"
             )
         yield np.clip(images, -1, 1)
 

@@ -209,6 +209,9 @@ def test_the_first_backend_that_is_there_is_taken(monkeypatch):
     monkeypatch.setattr(q, "BACKENDS", ("impl_nothing", "impl_less"))
     with pytest.raises(ValueError, match=r"impl_nothing \(No module.*impl_less \(No module"):
         q.find_backend(None)
+    for name in ("", ".x"):
+        with pytest.raises(ValueError, match="no backend can be imported"):
+            q.find_backend(name)
     with pytest.raises(ValueError, match="json is no backend"):
         q.find_backend("json")
 
@@ -268,6 +271,44 @@ def test_weights_that_learnt_nothing_exit_with_1(tmp_path):
         done = invoke(tmp_path / "wild", *options, "--backend", "impl_numpy")
     assert done.exit_code == 1, done.output
     assert "NaN or infinity" in done.output
+    assert not (tmp_path / "wild" / "quality.json").exists()
+
+
+def test_a_fault_that_nobody_foresaw_is_no_verdict(tmp_path, monkeypatch):
+    def fail(*arguments):
+        raise RuntimeError("out of memory")
+        yield
+
+    monkeypatch.setattr(q, "draw", fail)
+    file = tmp_path / "report.json"
+    done = invoke(CHECKPOINT, "--config", "digits", "--backend", "impl_numpy", "--json", file)
+    assert done.exit_code == 2
+    assert "RuntimeError: out of memory" in done.output
+    assert not file.exists()
+
+
+@pytest.mark.parametrize(
+    ("there", "words"),
+    [
+        ("report.json", "report.json is to be written, but is a folder; give another --json"),
+        ("report.png", "report.png is to be written, but is a folder; give another --json"),
+        ("file", "report.json cannot be written (File exists); give another place with --json"),
+    ],
+)
+def test_a_place_that_cannot_be_written_is_said_before_the_work(
+    tmp_path, monkeypatch, there, words
+):
+    monkeypatch.setattr(q, "find_backend", None)  # calling it would fail
+    file = tmp_path / "report.json"
+    if there == "file":
+        (tmp_path / there).touch()
+        file = tmp_path / there / "report.json"
+    else:
+        (tmp_path / there).mkdir()
+    done = invoke(CHECKPOINT, "--config", "digits", "--json", file)
+    assert done.exit_code == 2, done.output
+    assert words in done.output
+    assert "Traceback" not in done.output
 
 
 @pytest.mark.parametrize(
@@ -282,6 +323,7 @@ def test_weights_that_learnt_nothing_exit_with_1(tmp_path):
         (["--guidance-scale", "nan"], "must be a finite number"),
         (["--backend", "impl_none"], "impl_none (No module named 'impl_none')"),
         (["--device", "tpu"], "device = 'tpu' is unknown"),
+        (["--backend", ".x"], "no backend can be imported"),
         (["--json", "report.txt"], "--json report.txt is no JSON file"),
     ],
 )
@@ -308,6 +350,7 @@ def test_configs_of_anything_else_are_refused(tmp_path, name, change, words):
     done = invoke(tmp_path)
     assert done.exit_code == 2
     assert "is not for digits that can be asked for by class" in done.output
+    assert "name the config with --config" in done.output
     assert [word for word in words if word not in done.output] == []
 
 
