@@ -383,7 +383,6 @@ def draw(parity: Parity, path: Path) -> None:
             marker="." if len(difference) < 40 else "",
             color=colour[curve.backend],
             linewidth=1.2,
-            label=curve.name,
         )
     for dtype, limit in parity.limits.items():
         axis.plot([1, limit.steps], [limit.value] * 2, color="black", linewidth=1)
@@ -395,14 +394,14 @@ def draw(parity: Parity, path: Path) -> None:
             fontsize=8.5,
         )
     axis.set_yscale("log")
+    axis.margins(y=0.14)  # room for the limits' names
     axis.set_xlim(1, max(2, parity.steps))
     axis.set_xlabel("step")
     axis.set_ylabel("relative difference")
     axis.set_title(
-        f"Difference of each loss from that of {name} (no mark where both are the same number)"
+        f"Difference of each loss from that of {name}, in the same colours "
+        "(no mark where both are the same number)"
     )
-    if any(curve.name != name for curve in whole):
-        axis.legend(ncols=2, fontsize=8.5, frameon=False)
     axis.grid(alpha=0.25, which="both")
 
     if shown:
@@ -418,12 +417,13 @@ def _draw_samples(
 ) -> None:
     """A row of samples for each run."""
     count = len(shown[0].samples)  # type: ignore[arg-type]
-    figure.suptitle("Samples of the averaged weights, from the same noise", fontsize=11, y=0.995)
+    title = "Samples of the averaged weights, from the same noise"
+    figure.suptitle(title, fontsize=12, y=0.97, va="top")
     axes = figure.subplots(
         len(shown),
         count,
         squeeze=False,
-        gridspec_kw={"left": left + 0.06, "right": right, "top": 0.9, "bottom": 0.02},
+        gridspec_kw={"left": left + 0.06, "right": right, "top": 0.92, "bottom": 0.02},
     )
     for curve, row in zip(shown, axes, strict=True):
         for image, axis in zip(curve.samples, row, strict=True):  # type: ignore[arg-type]
