@@ -1,16 +1,18 @@
-"""The command line: `python -m conformance run`, `parity`, `samples`, `lines`."""
+"""The command line: `python -m conformance run`, `new`, `parity`, `samples`, `lines`."""
 
+import errno
 import signal
 import sys
+import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from conformance import bench, lines, parity, samples, show
+from conformance import bench, coach, lines, parity, samples, show, starter
 from conformance.process import ROOT, CannotStart, Impl, Setup, interpreter, shipped
-from conformance.reports import Report, write_all
+from conformance.reports import Report, write_all, write_json
 from conformance.runner import (
     Column,
     Plan,
@@ -100,6 +102,20 @@ def _plan(
     return Plan(list(chosen.values()), dtypes, goldens, cases, setup, lacking)
 
 
+def check_place(option: str, path: Path, is_folder: bool) -> None:
+    """Raise UsageError where no file of this name, or in this folder, can be written."""
+    folder = path if is_folder else path.parent
+    try:
+        if not is_folder and path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, "it is a folder")
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise UsageError(
+            f"{option} {path} cannot be written: {error.strerror}; name another place"
+        ) from error
+
+
 def _refuse(error: Exception) -> typer.Exit:
     """Print an error; the exit code is 2 where the command line is at fault, else 1."""
     show.Watch(show.console(stderr=True)).say(f"error: {error}")
@@ -141,6 +157,13 @@ def run(
     jobs: Annotated[
         int | None, typer.Option(help="Columns checked at a time; default: 2, or 1 on one core.")
     ] = None,
+    score: Annotated[
+        Path | None,
+        typer.Option(help="JSON file for points by clause and level, for a grading script."),
+    ] = None,
+    hide_expected: Annotated[
+        bool, typer.Option("--hide-expected", help="Print and write no element of a golden.")
+    ] = False,
 ) -> None:
     """Check backends against the goldens; then time them and sample digits."""
     out = show.console()
@@ -156,8 +179,17 @@ def run(
         jobs = check_jobs(jobs)
         configs = bench.timing_configs(timing_config)
         plan = _plan(impl, dtype, device, mode, level, case, threads, timeout, goldens)
+        plan.hide_expected = hide_expected
+        check_place("--reports", reports, is_folder=True)
+        if score:
+            check_place("--score", score, is_folder=False)
         with Suite(plan) as suite:
-            report = _run(suite, watch, jobs)
+            try:
+                report = _run(suite, watch, jobs)
+            except CannotStart as error:
+                if score:
+                    write_json(score, coach.score(coach.unstarted(plan), plan.goldens, str(error)))
+                raise
             if with_timing:
                 failed = {c.backend: "conformance did not pass" for c in report.columns if not c.ok}
                 with watch.steps("timing") as seen:
@@ -167,6 +199,9 @@ def run(
             if with_samples:
                 _samples(suite, watch, report, reports)
         paths = write_all(report, reports)
+        if score:
+            write_json(score, coach.score(report.columns, plan.goldens))
+            paths.append(score)
     except (UsageError, ConfigError, GoldenError, CannotStart) as error:
         raise _refuse(error) from error
     show.show_report(out, report)
@@ -303,6 +338,24 @@ def parity_command(
     watch.say(f"reports: {', '.join(map(str, paths))}")
     watch.say(f"parity: {'passed' if made.ok else 'FAILED'}")
     raise typer.Exit(0 if made.ok else 1)
+
+
+@app.command("new")
+def new_command(
+    folder: Annotated[Path, typer.Argument(help="A folder that is new, or empty.")],
+    name: Annotated[
+        str | None, typer.Option(help="Of the module; default: made from the folder's name.")
+    ] = None,
+    goldens: GoldensFolder = GOLDENS,
+) -> None:
+    """Write a starter for an implementation of your own: the protocol, to be filled in."""
+    watch = show.Watch(show.console())
+    try:
+        paths = starter.write_starter(folder, name, Goldens(goldens).cases)
+    except (UsageError, GoldenError) as error:
+        raise _refuse(error) from error
+    watch.say(f"wrote {', '.join(map(str, paths))}")
+    watch.say(f"begin with {folder / 'README.md'}")
 
 
 @app.command("lines")

@@ -268,7 +268,8 @@ def explain(result: Result) -> list[str]:
         if worst.index is not None:
             lines.append(f"worst at: {worst.index} of shape {worst.shape}")
             lines.append(f"got: {worst.got!r}")
-            lines.append(f"expected: {worst.expected!r}")
+            shown = "not shown" if worst.expected is None else repr(worst.expected)
+            lines.append(f"expected: {shown}")
         for m in worst.measures:
             verdict = f"{number(m.ratio)} tolerances" + ("" if m.ok else ", too much")
             lines.append(
@@ -440,6 +441,11 @@ def write(path: Path, data: bytes) -> None:
     unfinished = path.with_name(f".{path.name}.part")
     unfinished.write_bytes(data)
     os.replace(unfinished, path)
+
+
+def write_json(path: Path, values: dict[str, Any]) -> None:
+    """Write plain values as JSON."""
+    write(path, (json.dumps(values, indent=1, allow_nan=False) + "\n").encode())
 
 
 def write_all(report: Report, folder: Path) -> list[Path]:

@@ -12,6 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
+from conformance.coach import DONE, LEVELS, WRONG, lessons, next_steps, tasks
 from conformance.defaults import notes
 from conformance.lines import ADDED, CORE, Count
 from conformance.reports import (
@@ -157,10 +158,39 @@ def panel(result: Result) -> Panel:
     return Panel(Group(*body), title=title, border_style="red", title_align="left")
 
 
+def lesson(column: Column) -> Group:
+    """How far a backend is, method by method, and what to do next."""
+    table = Table(title=f"{column.backend} {column.dtype}, method by method", title_justify="left")
+    for name in ("level", "method", "clause", "", "points"):
+        table.add_column(name, justify="right" if name == "points" else "left")
+    level = None
+    for task in tasks(column):
+        style = {DONE: "green", WRONG: "bold red"}.get(task.state, "yellow")
+        table.add_row(
+            "" if task.level == level else f"L{task.level} {LEVELS[task.level]}",
+            task.method,
+            ", ".join(task.clauses),
+            Text(task.state, style),
+            f"{task.passed}/{task.total}",
+        )
+        level = task.level
+    steps = [
+        Text(printable(f"{'next: ' if not i else '      '}{line}"), "bold" if not i else "")
+        for i, line in enumerate(next_steps(column))
+    ]
+    return Group(table, *steps)
+
+
 def show_report(out: Console, report: Report) -> None:
     """Print everything that a run found, the verdict last."""
     for backend in dict.fromkeys(column.backend for column in report.columns):
-        failures = [r for c in report.columns if c.backend == backend for r in c.failures]
+        failures = [
+            result
+            for column in report.columns
+            if column.backend == backend
+            for result in column.failures
+            if result.status != "not implemented"  # the lesson below lists what is to write
+        ]
         failures.sort(key=Result.order)
         for result in failures[:PANELS]:
             out.print(panel(result))
@@ -178,6 +208,8 @@ def show_report(out: Console, report: Report) -> None:
         out.print(Text(text, style="dim"))
     for column in report.columns:
         out.print(verdict(column))
+    for column in lessons(report.columns):
+        out.print(lesson(column))
     if report.timings:
         head, *rows = timing_rows(report.timings)
         table = Table(title="Train step, float32")
