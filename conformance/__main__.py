@@ -108,8 +108,8 @@ def check_place(option: str, path: Path, is_folder: bool) -> None:
     try:
         if not is_folder and path.is_dir():
             raise IsADirectoryError(errno.EISDIR, "it is a folder")
-        folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
+        there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+        tempfile.TemporaryFile(dir=there).close()  # a run that is refused leaves no new folder
     except OSError as error:
         raise UsageError(
             f"{option} {path} cannot be written: {error.strerror}; name another place"
