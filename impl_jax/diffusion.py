@@ -1,4 +1,4 @@
-"""S2 to S6: noise an image, read the network's output, step back by DDPM and DDIM, guide."""
+"""S2 to S6, S13: noise an image, read the network's output, step back in three ways, guide."""
 
 import jax
 import jax.numpy as jnp
@@ -6,11 +6,12 @@ import numpy as np
 
 from impl_jax.schedule import gather, per_image
 
+ROOTS = ("sqrt_alphas_cumprod", "sqrt_one_minus_alphas_cumprod")  # of image and noise
+
 
 def q_sample(tables, x0, t, noise):
     """x_t [B, H, W, C] from x0 and noise of that shape, at times t [B]."""
-    a = gather(tables["sqrt_alphas_cumprod"], t, x0)  # S2
-    b = gather(tables["sqrt_one_minus_alphas_cumprod"], t, x0)
+    a, b = (gather(tables[root], t, x0) for root in ROOTS)  # S2
     return a * x0 + b * noise
 
 
@@ -20,19 +21,15 @@ def target(tables, config, x0, t, noise):
         return noise
     if config.prediction == "x0":
         return x0
-    a = gather(tables["sqrt_alphas_cumprod"], t, x0)
-    b = gather(tables["sqrt_one_minus_alphas_cumprod"], t, x0)
+    a, b = (gather(tables[root], t, x0) for root in ROOTS)
     return a * noise - b * x0
 
 
 def predict_x0_eps(tables, config, x_t, t, out):
     """x0 and eps, both [B, H, W, C], from x_t at times t [B] and the network's output."""
-    a = gather(tables["sqrt_alphas_cumprod"], t, x_t)  # S3
-    b = gather(tables["sqrt_one_minus_alphas_cumprod"], t, x_t)
+    a, b = (gather(tables[root], t, x_t) for root in ROOTS)  # S3
     if config.prediction == "eps":
-        recip = gather(tables["sqrt_recip_alphas_cumprod"], t, x_t)
-        recipm1 = gather(tables["sqrt_recipm1_alphas_cumprod"], t, x_t)
-        x0, eps = recip * x_t - recipm1 * out, out
+        x0, eps = (x_t - b * out) / a, out
     elif config.prediction == "x0":
         x0, eps = out, (x_t - a * out) / b
     else:
@@ -46,15 +43,14 @@ def predict_x0_eps(tables, config, x_t, t, out):
 def ddpm_step(tables, config, x_t, t, out, noise):
     """x_{t-1} [B, H, W, C] from x_t at times t [B]; noise has no effect where t = 0."""
     x0, _ = predict_x0_eps(tables, config, x_t, t, out)  # S4
-    coef1 = gather(tables["posterior_mean_coef1"], t, x_t)
-    coef2 = gather(tables["posterior_mean_coef2"], t, x_t)
+    coef1, coef2 = (gather(tables[f"posterior_mean_coef{i}"], t, x_t) for i in (1, 2))
     variance = tables["posterior_variance" if config.variance == "small" else "betas"]
     sigma = gather(np.sqrt(variance), t, x_t)
     return coef1 * x0 + coef2 * x_t + jnp.where(t.reshape(-1, 1, 1, 1) > 0, sigma * noise, 0)
 
 
 def ddim_times(timesteps, steps):
-    """The times [S] that `steps` DDIM steps start from: T-1 first, then down."""
+    """The times [S] that `steps` of T steps start from: T-1 first, then down."""
     return timesteps - 1 - np.arange(steps) * timesteps // steps  # S5
 
 
@@ -74,6 +70,28 @@ def ddim_step(tables, config, x_t, t, out, noise, coefficients):
     return x0_factor * x0 + eps_factor * eps + sigma * noise
 
 
+def dpmpp_coefficients(tables, times):
+    """Factors of x0, eps and x0 - x0_prev in the steps from times [S], as [3, S] in float64.
+
+    Those of x0 - x0_prev are 0 in the first step, which has no x0_prev, and in the last.
+    """
+    a, b, _ = ddim_coefficients(tables, times, np.append(times[1:], -1), 0)
+    ratio = tables["sqrt_recipm1_alphas_cumprod"][times]  # S13; b / a before the steps
+    h = np.log(ratio[:-1] / ratio[1:])  # of every step but the last, whose h is infinite
+    change = a[1:-1] * (1 - np.exp(-h[1:])) * h[1:] / (2 * h[:-1])
+    return np.stack([a, b, np.pad(change, 1)[: len(times)]])
+
+
+def dpmpp_step(tables, config, x_t, t, out, x0_prev, coefficients):
+    """x at the time that the coefficients [3, B] lead to, and x0, both [B, H, W, C].
+
+    It is DDIM's step without noise, moved on by how x0 has changed since the step before.
+    """
+    x0, eps = predict_x0_eps(tables, config, x_t, t, out)  # S13
+    x0_factor, eps_factor, change_factor = (per_image(c, x_t) for c in coefficients)
+    return x0_factor * x0 + eps_factor * eps + change_factor * (x0 - x0_prev), x0
+
+
 def guide(out_null, out_label, guidance_scale):
     """The guided output [B, H, W, C]: 0 is without label, 1 with it, more is beyond."""
     return out_null + guidance_scale * (out_label - out_null)  # S6
@@ -88,30 +106,27 @@ def predict(model, config, x, t, labels, guidance_scale):
     return guide(*jnp.split(both, 2), guidance_scale)
 
 
-def sample_ddpm(model, tables, config, x, noise, labels, guidance_scale):
-    """Every state from x = x_T [B, H, W, C] down, [T, B, H, W, C], with noise of that shape."""
+def sample(model, tables, config, x, noise, labels, guidance_scale, method, steps, eta):
+    """Every state from x = x_T [B, H, W, C] down, [S, B, H, W, C], in S = steps of T steps.
 
-    def body(x, step):  # S4; a scan is JAX's loop: it is traced once, not T times
-        time, z = step
-        t = jnp.full(len(x), time)
-        out = predict(model, config, x, t, labels, guidance_scale)
-        x = ddpm_step(tables, config, x, t, out, z)
-        return x, x
-
-    times = np.arange(config.timesteps)[::-1]
-    return jax.lax.scan(body, x, (times, noise))[1]
-
-
-def sample_ddim(model, tables, config, x, noise, labels, guidance_scale, steps, eta):
-    """Every state from x = x_T [B, H, W, C] down, [S, B, H, W, C], in S = steps of T steps."""
-    times = ddim_times(config.timesteps, steps)  # S5
+    method is "ddpm", which needs S = T, "ddim" or "dpmpp"; noise is [S, B, H, W, C] and eta 0 to 1,
+    and both have no effect in dpmpp.
+    """
+    times = ddim_times(config.timesteps, steps)  # S5; in T steps these are all times, as S4 asks
     coefficients = ddim_coefficients(tables, times, np.append(times[1:], -1), eta)
+    if method == "dpmpp":
+        coefficients = dpmpp_coefficients(tables, times)
 
-    def body(x, step):
-        time, z, factors = step
+    def body(carried, step):  # a scan is JAX's loop: it is traced once, not S times
+        (x, x0), (time, z, factors) = carried, step
         t = jnp.full(len(x), time)
         out = predict(model, config, x, t, labels, guidance_scale)
-        x = ddim_step(tables, config, x, t, out, z, factors[:, None])
-        return x, x
+        if method == "ddpm":
+            x = ddpm_step(tables, config, x, t, out, z)  # S4
+        elif method == "ddim":
+            x = ddim_step(tables, config, x, t, out, z, factors[:, None])  # S5
+        else:
+            x, x0 = dpmpp_step(tables, config, x, t, out, x0, factors[:, None])  # S13
+        return (x, x0), x
 
-    return jax.lax.scan(body, x, (times, noise, coefficients.T))[1]
+    return jax.lax.scan(body, (x, jnp.zeros_like(x)), (times, noise, coefficients.T))[1]

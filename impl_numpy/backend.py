@@ -127,10 +127,8 @@ class NumpyModel:
         self, x, noise=None, labels=None, *, method="ddpm", steps=None, eta=0.0, guidance_scale=None
     ):
         noise = np.zeros((steps, 1, 1, 1, 1), x.dtype) if noise is None else noise
-        shared = (self._model, self.tables, self.config, x, noise, labels, guidance_scale)
-        if method == "ddpm":
-            return diffusion.sample_ddpm(*shared)
-        return diffusion.sample_ddim(*shared, steps, eta)
+        inputs = (x, noise, labels, guidance_scale, method, steps, eta)
+        return diffusion.sample(self._model, self.tables, self.config, *inputs)
 
     def params(self):
         return read_params(self._model)

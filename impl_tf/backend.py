@@ -181,10 +181,8 @@ class TensorFlowModel:
         self, x, noise=None, labels=None, *, method="ddpm", steps=None, eta=0.0, guidance_scale=None
     ):
         def run(x, noise, labels):
-            shared = (self._network, self.tables, self.config, x, noise, labels, guidance_scale)
-            if method == "ddpm":
-                return diffusion.sample_ddpm(*shared)
-            return diffusion.sample_ddim(*shared, steps, eta)
+            inputs = (x, noise, labels, guidance_scale, method, steps, eta)
+            return diffusion.sample(self._network, self.tables, self.config, *inputs)
 
         noise = np.zeros((steps, 1, 1, 1, 1), x.dtype) if noise is None else noise
         return self._call(run, x, noise, labels)

@@ -1,14 +1,15 @@
-"""S2 to S6: noise an image, read the network's output, step back by DDPM and DDIM, guide."""
+"""S2 to S6, S13: noise an image, read the network's output, step back in three ways, guide."""
 
 import tensorflow as tf
 
 from impl_tf.schedule import gather, per_image
 
+ROOTS = ("sqrt_alphas_cumprod", "sqrt_one_minus_alphas_cumprod")  # of image and noise
+
 
 def q_sample(tables, x0, t, noise):
     """x_t [B, H, W, C] from x0 and noise of that shape, at times t [B]."""
-    a = gather(tables["sqrt_alphas_cumprod"], t, x0)  # S2
-    b = gather(tables["sqrt_one_minus_alphas_cumprod"], t, x0)
+    a, b = (gather(tables[root], t, x0) for root in ROOTS)  # S2
     return a * x0 + b * noise
 
 
@@ -18,19 +19,15 @@ def target(tables, config, x0, t, noise):
         return noise
     if config.prediction == "x0":
         return x0
-    a = gather(tables["sqrt_alphas_cumprod"], t, x0)
-    b = gather(tables["sqrt_one_minus_alphas_cumprod"], t, x0)
+    a, b = (gather(tables[root], t, x0) for root in ROOTS)
     return a * noise - b * x0
 
 
 def predict_x0_eps(tables, config, x_t, t, out):
     """x0 and eps, both [B, H, W, C], from x_t at times t [B] and the network's output."""
-    a = gather(tables["sqrt_alphas_cumprod"], t, x_t)  # S3
-    b = gather(tables["sqrt_one_minus_alphas_cumprod"], t, x_t)
+    a, b = (gather(tables[root], t, x_t) for root in ROOTS)  # S3
     if config.prediction == "eps":
-        recip = gather(tables["sqrt_recip_alphas_cumprod"], t, x_t)
-        recipm1 = gather(tables["sqrt_recipm1_alphas_cumprod"], t, x_t)
-        x0, eps = recip * x_t - recipm1 * out, out
+        x0, eps = (x_t - b * out) / a, out
     elif config.prediction == "x0":
         x0, eps = out, (x_t - a * out) / b
     else:
@@ -44,16 +41,14 @@ def predict_x0_eps(tables, config, x_t, t, out):
 def ddpm_step(tables, config, x_t, t, out, noise):
     """x_{t-1} [B, H, W, C] from x_t at times t [B]; noise has no effect where t = 0."""
     x0, _ = predict_x0_eps(tables, config, x_t, t, out)  # S4
-    coef1 = gather(tables["posterior_mean_coef1"], t, x_t)
-    coef2 = gather(tables["posterior_mean_coef2"], t, x_t)
+    coef1, coef2 = (gather(tables[f"posterior_mean_coef{i}"], t, x_t) for i in (1, 2))
     variance = tables["posterior_variance" if config.variance == "small" else "betas"]
     sigma = gather(tf.sqrt(variance), t, x_t)
-    positive = tf.reshape(t, [-1, 1, 1, 1]) > 0
-    return coef1 * x0 + coef2 * x_t + tf.where(positive, sigma * noise, tf.zeros_like(x_t))
+    return coef1 * x0 + coef2 * x_t + tf.where(tf.reshape(t, [-1, 1, 1, 1]) > 0, sigma * noise, 0)
 
 
 def ddim_times(timesteps, steps):
-    """The times [S] that `steps` DDIM steps start from: T-1 first, then down."""
+    """The times [S] that `steps` of T steps start from: T-1 first, then down."""
     return timesteps - 1 - tf.range(steps, dtype=tf.int64) * timesteps // steps  # S5
 
 
@@ -73,6 +68,28 @@ def ddim_step(tables, config, x_t, t, out, noise, coefficients):
     return x0_factor * x0 + eps_factor * eps + sigma * noise
 
 
+def dpmpp_coefficients(tables, times):
+    """Factors of x0, eps and x0 - x0_prev in the steps from times [S], as [3, S] in float64.
+
+    Those of x0 - x0_prev are 0 in the first step, which has no x0_prev, and in the last.
+    """
+    a, b, _ = ddim_coefficients(tables, times, tf.concat([times[1:], [-1]], 0), 0)
+    ratio = tf.gather(tables["sqrt_recipm1_alphas_cumprod"], times)  # S13; b / a before the steps
+    h = tf.math.log(ratio[:-1] / ratio[1:])  # of every step but the last, whose h is infinite
+    change = a[1:-1] * (1 - tf.exp(-h[1:])) * h[1:] / (2 * h[:-1])
+    return tf.stack([a, b, tf.pad(change, [(1, 1)])[: len(times)]])
+
+
+def dpmpp_step(tables, config, x_t, t, out, x0_prev, coefficients):
+    """x at the time that the coefficients [3, B] lead to, and x0, both [B, H, W, C].
+
+    It is DDIM's step without noise, moved on by how x0 has changed since the step before.
+    """
+    x0, eps = predict_x0_eps(tables, config, x_t, t, out)  # S13
+    x0_factor, eps_factor, change_factor = (per_image(c, x_t) for c in tf.unstack(coefficients))
+    return x0_factor * x0 + eps_factor * eps + change_factor * (x0 - x0_prev), x0
+
+
 def guide(out_null, out_label, guidance_scale):
     """The guided output [B, H, W, C]: 0 is without label, 1 with it, more is beyond."""
     return out_null + guidance_scale * (out_label - out_null)  # S6
@@ -87,25 +104,25 @@ def predict(model, config, x, t, labels, guidance_scale):
     return guide(*tf.split(both, 2), guidance_scale)
 
 
-def sample_ddpm(model, tables, config, x, noise, labels, guidance_scale):
-    """Every state from x = x_T [B, H, W, C] down, [T, B, H, W, C], with noise of that shape."""
-    states = []
-    for i in range(config.timesteps):  # S4
-        t = tf.fill([len(x)], config.timesteps - 1 - i)
-        out = predict(model, config, x, t, labels, guidance_scale)
-        x = ddpm_step(tables, config, x, t, out, noise[i])
-        states.append(x)
-    return tf.stack(states)
+def sample(model, tables, config, x, noise, labels, guidance_scale, method, steps, eta):
+    """Every state from x = x_T [B, H, W, C] down, [S, B, H, W, C], in S = steps of T steps.
 
-
-def sample_ddim(model, tables, config, x, noise, labels, guidance_scale, steps, eta):
-    """Every state from x = x_T [B, H, W, C] down, [S, B, H, W, C], in S = steps of T steps."""
-    times = ddim_times(config.timesteps, steps)  # S5
+    method is "ddpm", which needs S = T, "ddim" or "dpmpp"; noise is [S, B, H, W, C] and eta 0 to 1,
+    and both have no effect in dpmpp.
+    """
+    times = ddim_times(config.timesteps, steps)  # S5; in T steps these are all times, as S4 asks
     coefficients = ddim_coefficients(tables, times, tf.concat([times[1:], [-1]], 0), eta)
-    states = []
+    if method == "dpmpp":
+        coefficients = dpmpp_coefficients(tables, times)
+    states, x0 = [], tf.zeros_like(x)
     for i in range(steps):
         t = tf.fill([len(x)], times[i])
         out = predict(model, config, x, t, labels, guidance_scale)
-        x = ddim_step(tables, config, x, t, out, noise[i], coefficients[:, i : i + 1])
+        if method == "ddpm":
+            x = ddpm_step(tables, config, x, t, out, noise[i])  # S4
+        elif method == "ddim":
+            x = ddim_step(tables, config, x, t, out, noise[i], coefficients[:, i : i + 1])  # S5
+        else:
+            x, x0 = dpmpp_step(tables, config, x, t, out, x0, coefficients[:, i : i + 1])  # S13
         states.append(x)
     return tf.stack(states)

@@ -177,10 +177,8 @@ class TorchModel:
     ):
         noise = np.zeros((steps, 1, 1, 1, 1), x.dtype) if noise is None else noise
         x, noise, labels = self._natives(x, noise, labels)
-        shared = (self._model, self.tables, self.config, x, noise, labels, guidance_scale)
-        if method == "ddpm":
-            return self._numpy(diffusion.sample_ddpm(*shared))
-        return self._numpy(diffusion.sample_ddim(*shared, steps, eta))
+        inputs = (x, noise, labels, guidance_scale, method, steps, eta)
+        return self._numpy(diffusion.sample(self._model, self.tables, self.config, *inputs))
 
     def params(self):
         return read_params(self._model)

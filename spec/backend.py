@@ -19,7 +19,7 @@ ARRAY_DTYPES = {"float64": "float64", "float32": "float32", "tf32": "float32", "
 DTYPES = tuple(ARRAY_DTYPES)
 REQUIRED_DTYPES = ("float64", "float32")
 MODES = ("eager", "compiled")
-METHODS = ("ddpm", "ddim")
+METHODS = ("ddpm", "ddim", "dpmpp")
 Params = dict[str, np.ndarray]
 State = dict[str, Any]  # {"step": int, "params": Params, "m": Params, "v": Params, "ema": Params}
 
@@ -153,8 +153,9 @@ class Model(Protocol):
     ) -> np.ndarray:
         """The whole trajectory [S, B, H, W, C] from x = x_T; its last entry is the sample.
 
-        method "ddpm" visits every t (S4; steps is None or T), "ddim" takes `steps` (S5).
-        noise [S, B, H, W, C]; None stands for zeros where none has an effect (ddim, eta 0).
+        method "ddpm" visits every t (S4; steps is None or T); "ddim" (S5) and "dpmpp" (S13) take
+        `steps`, where None is T. noise [S, B, H, W, C]; None stands for zeros where none has an
+        effect (ddim, eta 0). dpmpp takes neither noise nor eta.
         guidance_scale None: the network is asked once, with the labels (S6).
         """
         ...
@@ -447,17 +448,20 @@ class Checked:
             )
         if method == "ddpm" and steps != timesteps:
             raise ValueError(
-                f"steps = {steps}: ddpm visits all {timesteps} times; leave steps out, or use ddim"
+                f"steps = {steps}: ddpm visits all {timesteps} times; leave steps out, or use "
+                "ddim or dpmpp"
             )
         self._number("eta", eta, 0.0, 1.0)
-        if method == "ddpm" and eta:
-            raise ValueError(f"eta = {eta} has no meaning for ddpm; leave it out, or use ddim")
+        if method != "ddim" and eta:
+            raise ValueError(f"eta = {eta} has no meaning for {method}; leave it out, or use ddim")
         if guidance_scale is not None:
             self._number("guidance_scale", guidance_scale, float("-inf"), float("inf"))
             if not self.config.num_classes:
                 raise ValueError(
                     f"guidance needs classes; {self.config.name!r} has none: leave it out"
                 )
+        if method == "dpmpp" and noise is not None:
+            raise ValueError("noise was given, but dpmpp adds none; leave it out, or use ddim")
         if noise is not None:
             self._floats("noise", noise, (int(steps), *x.shape))
         elif method == "ddpm" or eta:

@@ -387,9 +387,9 @@ def _trajectory_cases(inputs: Inputs, params: dict[str, str]) -> list[Case]:
             given["noise"] = inputs.put(name, f"L6/{what}/noise", noise)
         if labelled:
             given["labels"] = inputs.put(name, f"L6/{what}/labels", np.array([2, 4, 0]))
-        if options["method"] == "ddim":
+        if options["method"] != "ddpm":
             options["steps"] = steps
-        clause = "S4" if options["method"] == "ddpm" else "S5"
+        clause = {"ddpm": "S4", "ddim": "S5", "dpmpp": "S13"}[options["method"]]
         clause = "S6" if "guidance_scale" in options else clause
         return Case(
             f"L6/{name}/{what}",
@@ -403,7 +403,8 @@ def _trajectory_cases(inputs: Inputs, params: dict[str, str]) -> list[Case]:
         )
 
     ddim: dict[str, Any] = {"method": "ddim"}
-    # Those of S4 and S5 come first: a fault of theirs shows in what S6 guides, too.
+    dpmpp: dict[str, Any] = {"method": "dpmpp"}
+    # Those of S4, S5 and S13 come first: a fault of theirs shows in what S6 guides, too.
     return [
         case("ddpm", "tiny_uncond", 24, False, 11, method="ddpm"),
         case("ddim", "tiny", 7, True, 12, **ddim, eta=0.0),  # 1000 / 7 is not whole
@@ -412,10 +413,19 @@ def _trajectory_cases(inputs: Inputs, params: dict[str, str]) -> list[Case]:
         case("ddim_every_t", "tiny_x0", 20, True, 17, **ddim, eta=0.0),
         case("ddpm_T2", "tiny_x0", 2, True, 18, {"timesteps": 2}, method="ddpm"),
         case("ddim_T1", "tiny_x0", 1, True, 19, {"timesteps": 1}, **ddim, eta=1.0),
+        case("dpmpp", "tiny", 7, True, 21, **dpmpp),
+        case("dpmpp", "tiny_v", 9, True, 22, **dpmpp),  # 4000 / 9 is not whole
+        case("dpmpp_every_t", "tiny_x0", 20, True, 23, **dpmpp),
+        case("dpmpp_1", "tiny_x0", 1, True, 24, **dpmpp),
+        case("dpmpp_2", "tiny_x0", 2, True, 25, **dpmpp),
+        case("dpmpp_3", "tiny_x0", 3, True, 26, **dpmpp),
+        case("dpmpp_unclipped", "tiny", 10, True, 27, {"clip": False, "timesteps": 10}, **dpmpp),
+        case("dpmpp_clipped", "tiny_v", 4, True, 28, {"clip": True}, **dpmpp),
         case("ddim_guided", "tiny", 7, True, 13, **ddim, eta=0.0, guidance_scale=1.5),
         case("ddim_guided_0", "tiny", 5, True, 20, **ddim, eta=0.0, guidance_scale=0.0),
         case("ddim_guided_eta", "tiny", 7, True, 14, **ddim, eta=0.7, guidance_scale=3.0),
         case("ddpm_guided", "tiny_x0", 20, True, 16, method="ddpm", guidance_scale=1.5),
+        case("dpmpp_guided", "tiny", 7, True, 29, **dpmpp, guidance_scale=1.5),
     ]
 
 

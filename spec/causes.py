@@ -138,6 +138,13 @@ DDIM = (
     "eta or sigma wrong: see the ddim_step cases",
     "step coefficients computed in float32 (NaN where alphas_cumprod almost vanishes)",
 )
+DPMPP = (
+    "r inverted, or the half left out of 1/(2r)",
+    "second order in the first or the last step, or in neither",
+    "x0 of the step before not carried, or taken before the clip",
+    "lambda with alphas_cumprod in place of its root, or with alpha and sigma swapped",
+    "times off by one: never at T-1, or ending at alphas_cumprod[0] instead of 1",
+)
 GUIDED = (
     "guidance as label + s*(label - null), or applied after the clip",
     "null class is 0 or K-1 instead of K",
@@ -152,7 +159,7 @@ def causes_of(call: str, options: dict, config: Config) -> tuple[str, ...]:
         return BLOCKS.get(kind, BLOCKS["conv"])
     if call == "sample":
         guided = GUIDED if options.get("guidance_scale") is not None else ()
-        return (*(DDPM if options["method"] == "ddpm" else DDIM), *guided)
+        return (*{"ddpm": DDPM, "ddim": DDIM, "dpmpp": DPMPP}[options["method"]], *guided)
     if call == "schedule":
         kept = (0, 2, 3) if config.schedule == "cosine" else (0, 1, 3)
         return tuple(SCHEDULE[i] for i in kept)

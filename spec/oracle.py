@@ -27,7 +27,12 @@ from spec.tables import exact_tables
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
-    from diffusers import DDIMScheduler, DDPMScheduler, UNet2DModel
+    from diffusers import (
+        DDIMScheduler,
+        DDPMScheduler,
+        DPMSolverMultistepScheduler,
+        UNet2DModel,
+    )
     from diffusers.models.attention_processor import Attention, AttnProcessor
 
 Tree = dict[str, np.ndarray]
@@ -195,6 +200,34 @@ class Oracle:
         x = self.coefficient(np.sqrt(then)) * x0 + self.coefficient(toward) * eps
         return x + self.coefficient(sigma) * noise
 
+    def dpmpp_step(self, x_t, times, i, out, before):
+        """x after step i, and x0; `before` is the x0 of the step before it."""
+        t = np.full(len(x_t), times[i])
+        x0, eps = self.predict_x0_eps(x_t, t, out)
+        ratio = self.tables["sqrt_recipm1_alphas_cumprod"]  # sigma / alpha
+        lambdas = [-math.log(ratio[time]) for time in times]
+        if i == len(times) - 1:
+            return x0, x0
+        alpha = self.tables["sqrt_alphas_cumprod"][times[i + 1]]
+        sigma = self.tables["sqrt_one_minus_alphas_cumprod"]
+        sigma, sigma_now = sigma[times[i + 1]], sigma[times[i]]
+        h = lambdas[i + 1] - lambdas[i]
+        half = h / (lambdas[i] - lambdas[i - 1]) / 2 if i else 0.0  # 1 / (2 r)
+        gain = -alpha * math.expm1(-h)
+
+        def factor(value):
+            return self.coefficient(np.full(len(x_t), value))
+
+        way = self.way(3)
+        if way == 0:
+            data = factor(1 + half) * x0 - factor(half) * before if i else x0
+            return factor(sigma / sigma_now) * x_t + factor(gain) * data, x0
+        if way == 1:
+            x = factor(sigma / sigma_now) * x_t + factor(gain * (1 + half)) * x0
+            return x - factor(gain * half) * before if i else x, x0
+        x = factor(alpha) * x0 + factor(sigma) * eps
+        return x + factor(gain * half) * (x0 - before) if i else x, x0
+
     def guide(self, out_null, out_label, guidance_scale):
         if self.way(2):
             return (1 - guidance_scale) * out_null + guidance_scale * out_label
@@ -236,6 +269,34 @@ class Oracle:
                 ).prev_sample
             )
         return torch.stack(rows)
+
+    def scheduler_dpmpp(self, times):
+        """A step that goes once over the times, step by step, as `dpmpp_step` does.
+
+        diffusers' solver chooses the order of every step and takes it. It has no clip: it is given
+        the x0 that another scheduler read, as a prediction of kind "sample".
+        """
+        solver = DPMSolverMultistepScheduler(
+            num_train_timesteps=self.config.timesteps,
+            prediction_type="sample",
+            algorithm_type="dpmsolver++",
+            solver_order=2,
+            solver_type="midpoint",
+            lower_order_final=True,
+            final_sigmas_type="zero",
+        )
+        solver.set_timesteps(timesteps=times)
+        # Its own are float32, of its own betas.
+        ratio = self.tables["sqrt_recipm1_alphas_cumprod"][times]
+        solver.sigmas = torch.from_numpy(np.append(ratio, 0.0))
+
+        def step(x_t, _times, i, out, _before):
+            x0 = self.scheduler_x0(x_t, np.full(len(x_t), times[i]), out)
+            # its step casts x to float32, and only there is float32 named
+            with unittest.mock.patch.object(torch, "float32", torch.float64):
+                return solver.step(x0, times[i], x_t).prev_sample, x0
+
+        return step
 
     def scheduler_x0(self, x_t, t, out):
         scheduler = self._scheduler(DDPMScheduler, 1)
@@ -423,10 +484,11 @@ class Oracle:
     def sample(self, x, noise, labels, method, steps=None, eta=0.0, guidance_scale=None):
         """The whole trajectory [S, B, H, W, C]."""
         total = self.config.timesteps
-        times = ddim_times(total, steps) if method == "ddim" else list(reversed(range(total)))
-        trajectory = []
+        times = list(reversed(range(total))) if method == "ddpm" else ddim_times(total, steps)
+        trajectory, x0 = [], None
         ddpm = self.ddpm_step if self.plain else self.scheduler_ddpm_step
         ddim = self.ddim_step if self.plain else self.scheduler_ddim_step
+        dpmpp = self.dpmpp_step if self.plain or method != "dpmpp" else self.scheduler_dpmpp(times)
         for i, time in enumerate(times):
             t = np.full(len(x), time)
             if guidance_scale is None:
@@ -439,6 +501,8 @@ class Oracle:
             z = torch.zeros_like(x) if noise is None else noise[i]
             if method == "ddpm":
                 x = ddpm(x, t, out, z)
+            elif method == "dpmpp":
+                x, x0 = dpmpp(x, times, i, out, x0)
             else:
                 following = times[i + 1] if i + 1 < len(times) else -1
                 x = ddim(x, t, np.full(len(x), following), out, z, eta)

@@ -112,7 +112,7 @@ def ddpm_step(
 
 
 def ddim_times(timesteps: int, steps: int) -> list[int]:
-    """The `steps` times that DDIM visits, from T-1 down."""
+    """The `steps` times that DDIM and DPM-Solver++ visit, from T-1 down."""
     return [timesteps - 1 - i * timesteps // steps for i in range(steps)]
 
 
@@ -136,6 +136,36 @@ def ddim_step(
     return (
         np.sqrt(then).reshape(rows) * x0 + toward.reshape(rows) * eps + sigma.reshape(rows) * noise
     )
+
+
+# S13
+
+
+def dpmpp_step(
+    config: Config,
+    s: Tree,
+    x: np.ndarray,
+    times: list[int],
+    i: int,
+    out: np.ndarray,
+    x0_before: np.ndarray | None,
+) -> tuple[np.ndarray, np.ndarray]:
+    """x [B, H, W, C] at times[i + 1], or at the end after the last, from x at times[i]; and x0."""
+    x0, _ = predict_x0_eps(config, s, x, np.full(len(x), times[i]), out)
+    if i == len(times) - 1:
+        return x0, x0
+
+    def half_log_snr(t: int) -> float:
+        return math.log(s["alphas_cumprod"][t] / (1 - s["alphas_cumprod"][t])) / 2
+
+    now, following = times[i], times[i + 1]
+    h = half_log_snr(following) - half_log_snr(now)
+    data = x0
+    if x0_before is not None:
+        r = (half_log_snr(now) - half_log_snr(times[i - 1])) / h
+        data = (1 + 1 / (2 * r)) * x0 - 1 / (2 * r) * x0_before
+    alpha, sigma = s["sqrt_alphas_cumprod"], s["sqrt_one_minus_alphas_cumprod"]
+    return sigma[following] / sigma[now] * x - alpha[following] * math.expm1(-h) * data, x0
 
 
 # S6
@@ -382,7 +412,7 @@ def sample(
         times = list(reversed(range(config.timesteps)))
     else:
         times = ddim_times(config.timesteps, steps)
-    trajectory = []
+    trajectory, x0 = [], None
     for i, time in enumerate(times):
         t = np.full(len(x), time)
         if guidance_scale is None:
@@ -393,6 +423,8 @@ def sample(
         z = np.zeros_like(x) if noise is None else noise[i]
         if method == "ddpm":
             x = ddpm_step(config, s, x, t, out, z)
+        elif method == "dpmpp":
+            x, x0 = dpmpp_step(config, s, x, times, i, out, x0)
         else:
             following = times[i + 1] if i + 1 < steps else -1
             x = ddim_step(config, s, x, t, np.full(len(x), following), out, z, eta)

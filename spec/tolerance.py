@@ -46,12 +46,15 @@ def _group(case: Case, name: str) -> str:
     """Results that share a median floor: a level and config; in L5 a case and part of the state.
 
     There a parameter's change and its moments differ by orders of magnitude, as in L7 the curve
-    and the samples do.
+    and the samples do. A trajectory of S13 stands alone: what its steps make of a rounding depends
+    on their lengths, and short ones must not have the limits of long ones.
     """
     if case.level == 5:
         return f"{case.id}/{name.partition('/' + part_of(name) + '/')[0]}:{part_of(name)}"
     if case.level == 7:
         return f"{case.id}/{name}"
+    if case.options.get("method") == "dpmpp":
+        return case.id
     return f"L{case.level}/{case.config}"
 
 

@@ -24,7 +24,13 @@ from spec.params import OLD_ATTENTION_NAMES, initial_params, parameter_shapes
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
-    from diffusers import DDIMPipeline, DDPMPipeline, DDPMScheduler, UNet2DModel
+    from diffusers import (
+        DDIMPipeline,
+        DDPMPipeline,
+        DDPMScheduler,
+        DPMSolverMultistepScheduler,
+        UNet2DModel,
+    )
 
     from spec.oracle import Oracle, TimeTable
 
@@ -199,6 +205,36 @@ def test_pipelines_of_diffusers_draw_the_same(unconditional, tmp_path, variance,
         theirs = pipeline(3, num_inference_steps=steps, output_type="np", **more).images
     assert theirs.std() > 0.1
     np.testing.assert_allclose(theirs, (ours + 1) / 2, atol=1e-4)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 10, 20])
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+@pytest.mark.parametrize("prediction", ["eps", "x0", "v"])
+def test_diffusers_solver_draws_the_same(unconditional, tmp_path, prediction, schedule, steps):
+    """As it comes, but for the times, which are S5's; it has no clip (S13)."""
+    import impl_torch
+
+    config = unconditional[1].replace(prediction=prediction, schedule=schedule, clip=False)
+    params = initial_params(config, 0)
+    write_run(tmp_path, config, params)
+    x = sampling_noise(config, 3, 5, 1)[0].astype(np.float32)
+    model = impl_torch.open(config, params, mode="eager")
+    ours = np.moveaxis(model.sample(x, method="dpmpp", steps=steps), -1, 2)
+    solver = DPMSolverMultistepScheduler.from_pretrained(tmp_path, timestep_spacing="trailing")
+    if 20 % steps:
+        solver.set_timesteps(timesteps=[19 - i * 20 // steps for i in range(steps)])
+    else:
+        solver.set_timesteps(steps)
+    network = UNet2DModel.from_pretrained(tmp_path)
+    theirs, state = [], torch.from_numpy(np.moveaxis(x, -1, 1).copy())
+    with torch.no_grad():
+        for t in solver.timesteps:
+            state = solver.step(network(state, t).sample, t, state).prev_sample
+            theirs.append(state.numpy())
+    assert len(theirs) == steps
+    for mine, other in zip(ours, theirs, strict=True):
+        assert other.std() > 0.1
+        np.testing.assert_allclose(mine, other, atol=2e-5 * np.abs(other).max())
 
 
 def test_parts_of_a_run_open_on_their_own(unconditional, tmp_path):

@@ -56,6 +56,7 @@ def test_good_arguments_reach_the_model(model, recorder):
     assert model.ddim_step(x, T, np.array([-1, -1, 3]), x, x, 1)
     assert model.run_block("emb", t=T, labels=LABELS)
     assert model.sample(x, labels=LABELS, method="ddim", steps=7, guidance_scale=0)
+    assert model.sample(x, labels=LABELS, method="dpmpp", steps=7, guidance_scale=2)
     assert model.sample(x, np.zeros((1000, *x.shape), np.float32), LABELS)
     assert [name for name, _, _ in recorder.calls][:2] == ["q_sample", "predict"]
     assert recorder.calls[-1][2]["steps"] == 1000
@@ -149,6 +150,13 @@ def test_images_of_one_call_agree(model):
         ({"method": "ddpm", "steps": 10}, ValueError, "ddpm visits all 1000 times"),
         ({"method": "ddpm", "steps": 1000}, ValueError, "noise is missing"),
         ({"method": "ddpm", "steps": None, "eta": 0.5}, ValueError, "no meaning for ddpm"),
+        ({"method": "dpmpp", "eta": 0.5}, ValueError, "eta = 0.5 has no meaning for dpmpp"),
+        ({"method": "dpmpp", "steps": 1001}, ValueError, r"steps = 1001 is outside 1..1000"),
+        (
+            {"method": "dpmpp", "noise": np.zeros((5, *images().shape), np.float32)},
+            ValueError,
+            "noise was given, but dpmpp adds none; leave it out, or use ddim",
+        ),
         ({"eta": 1.5}, ValueError, r"eta = 1.5 is outside \[0.0, 1.0\]"),
         ({"eta": -0.1}, ValueError, "eta = -0.1"),
         ({"eta": float("nan")}, ValueError, "eta = nan"),

@@ -153,6 +153,49 @@ def test_noise_at_the_last_step_has_no_effect():
         assert np.array_equal(one, other)
 
 
+def normal_images(method: str, steps: int) -> list[float]:
+    """How far each state of a sampler is off the exact path, relative; the last is the sample's.
+
+    Of images of a normal distribution of variance 1/4 the best x0 is known, and with it the path:
+    x stays the same multiple of its own deviation.
+    """
+    config = load_config("tiny").replace(prediction="x0", clip=False)
+    s = reference.make_schedule(config)
+    alphas = np.append(s["alphas_cumprod"], 1.0)  # the last is that of the end, -1
+    spread = np.sqrt(0.25 * alphas + 1 - alphas)
+    times = [*reference.ddim_times(config.timesteps, steps), -1]
+    x, x0, off = pixels(config, 1), None, []
+    exact = x / spread[times[0]]
+    for i, (time, end) in enumerate(itertools.pairwise(times)):
+        best = np.sqrt(alphas[time]) * 0.25 / spread[time] ** 2 * x
+        if method == "dpmpp":
+            x, x0 = reference.dpmpp_step(config, s, x, times[:-1], i, best, x0)
+        else:
+            t, t_prev = np.full(len(x), time), np.full(len(x), end)
+            x = reference.ddim_step(config, s, x, t, t_prev, best, np.zeros_like(x), 0.0)
+        off.append(np.linalg.norm(x / spread[end] - exact) / np.linalg.norm(exact))
+    return off
+
+
+def test_dpmpp_is_of_second_order_and_ddim_of_first():
+    """At a time that all of them visit: near the end a step's length in lambda does not shrink."""
+    counts = (50, 100, 200)
+    first, second = (
+        [normal_images(method, steps)[steps // 2 - 1] for steps in counts]
+        for method in ("ddim", "dpmpp")
+    )
+    for (a, b), (c, d) in zip(itertools.pairwise(first), itertools.pairwise(second), strict=True):
+        assert 1.8 < a / b < 2.2
+        assert 3.4 < c / d < 4.6
+        assert d < b / 5
+
+
+def test_dpmpp_in_one_step_and_in_two_is_ddim():
+    for steps in (1, 2):
+        assert normal_images("dpmpp", steps) == pytest.approx(normal_images("ddim", steps))
+    assert normal_images("dpmpp", 3) != pytest.approx(normal_images("ddim", 3), rel=0.01)
+
+
 @pytest.mark.parametrize(("total", "steps"), [(1000, 7), (1000, 1000), (1000, 1), (20, 20), (1, 1)])
 def test_ddim_times_go_down_from_the_last(total, steps):
     times = reference.ddim_times(total, steps)
