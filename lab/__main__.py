@@ -1,4 +1,4 @@
-"""`python -m lab quality RUN`: measures the digits of a run, in whichever backend is there."""
+"""`python -m lab quality|solvers RUN`: measures a run, in whichever backend is there."""
 
 import tempfile
 import traceback
@@ -18,8 +18,10 @@ from rich.progress import (
 )
 
 from lab import quality as q
+from lab import solvers as s
 from lab.files import json_text, read_run, write_atomically
-from spec.backend import METHODS, one_of
+from spec.backend import METHODS, Model, one_of
+from spec.config import Config
 
 DDIM_STEPS = 50
 
@@ -37,13 +39,13 @@ def main() -> None:
     """What can be said of a run."""
 
 
-def report_file(run: Path, chosen: Path | None) -> Path:
+def report_file(run: Path, chosen: Path | None, what: str = "quality") -> Path:
     """Where the report goes: the chosen file, the run's folder, or beside a file of weights.
 
     The picture goes beside it. Raises ValueError for a name that does not end with .json.
     """
     if chosen is None:
-        return run / "quality.json" if run.is_dir() else run.with_name(f"{run.stem}-quality.json")
+        return run / f"{what}.json" if run.is_dir() else run.with_name(f"{run.stem}-{what}.json")
     if chosen.suffix != ".json":
         raise ValueError(f"--json {chosen} is no JSON file; give a name that ends with .json")
     return chosen
@@ -61,6 +63,21 @@ def check_place(file: Path) -> None:
         raise ValueError(
             f"{file} cannot be written ({error.strerror}); give another place with --json"
         ) from error
+
+
+def open_model(
+    backend: str | None, config: Config, params: dict[str, np.ndarray], seed: int, device: str
+) -> tuple[Model, dict[str, str]]:
+    """A backend's model, in the mode that it names first, and what it runs on, which is printed."""
+    with console.status("opening the backend"):
+        module = q.find_backend(backend)
+        model = module.open(config, params, seed=seed, device=device, mode=module.modes[0])
+    facts = model.describe()
+    console.print(
+        f"{module.__name__}: {facts['framework']} on {facts['device']}, {facts['dtype']}, "
+        f"{facts['mode']}; config {config.name}"
+    )
+    return model, {"module": module.__name__, **facts}
 
 
 def measure(
@@ -85,16 +102,9 @@ def measure(
     chosen, params = read_run(run, config)
     q.check_config(chosen)
     if steps is None:
-        steps = min(DDIM_STEPS, chosen.timesteps) if method == "ddim" else chosen.timesteps
+        steps = chosen.timesteps if method == "ddpm" else min(DDIM_STEPS, chosen.timesteps)
     check_place(file)  # what cannot be is known before the work
-    with console.status("opening the backend"):
-        module = q.find_backend(backend)
-        model = module.open(chosen, params, seed=seed, device=device, mode=module.modes[0])
-    facts = model.describe()
-    console.print(
-        f"{module.__name__}: {facts['framework']} on {facts['device']}, {facts['dtype']}, "
-        f"{facts['mode']}; config {chosen.name}"
-    )
+    model, opened = open_model(backend, chosen, params, seed, device)
     with console.status("measuring real digits"):
         real = q.RealDigits(count)
     console.print(
@@ -124,7 +134,7 @@ def measure(
     about = {
         "run": str(run),
         "config": chosen.name,
-        "backend": {"module": module.__name__, **facts},
+        "backend": opened,
         "method": method,
         "steps": steps,
         "seed": seed,
@@ -165,9 +175,9 @@ def quality(
         list[float] | None,
         typer.Option(help="May be repeated; default 1, 1.25 and 1.5."),
     ] = None,
-    method: Annotated[str, typer.Option(help="ddim or ddpm.")] = "ddim",
+    method: Annotated[str, typer.Option(help="ddim, dpmpp or ddpm.")] = "ddim",
     steps: Annotated[
-        int | None, typer.Option(min=1, help=f"Default {DDIM_STEPS} for ddim; all for ddpm.")
+        int | None, typer.Option(min=1, help=f"Default {DDIM_STEPS}; all for ddpm.")
     ] = None,
     count: Annotated[
         int | None,
@@ -201,6 +211,87 @@ def quality(
         traceback.print_exc()
         raise typer.Exit(2) from error
     raise typer.Exit(0 if met else 1)
+
+
+def compare(
+    run: Path,
+    config: str | None,
+    backend: str | None,
+    count: int,
+    seed: int,
+    device: str,
+    file: Path,
+) -> None:
+    """Measure the samplers; writes the report and the picture.
+
+    Raises ValueError, OSError or ArithmeticError.
+    """
+    chosen, params = read_run(run, config)
+    s.check_config(chosen)
+    check_place(file)  # what cannot be is known before the work
+    model, opened = open_model(backend, chosen, params, seed, device)
+    scales = s.scales_of(chosen)
+    bar = Progress(
+        TextColumn("{task.fields[scale]}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("steps"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        console=console,
+    )
+    measured = []
+    with bar:
+        task = bar.add_task("", total=len(scales) * s.work(chosen), scale="")
+        for scale in scales:
+            bar.update(task, scale=s.guided(scale))
+            measured.append(
+                s.measure(model, chosen, scale, count, seed, lambda steps: bar.advance(task, steps))
+            )
+    about = {
+        "run": str(run),
+        "config": chosen.name,
+        "clip": chosen.clip,
+        "backend": opened,
+        "timesteps": chosen.timesteps,
+        "count": count,
+        "seed": seed,
+    }
+    console.print(s.table(measured, chosen.timesteps))
+    write_atomically(file.with_suffix(".png"), s.picture(measured, chosen.timesteps))
+    write_atomically(file, json_text(s.report(measured, about)))  # last: where it is, all is
+    console.print(f"wrote {file} and {file.with_suffix('.png')}")
+
+
+@app.command()
+def solvers(
+    run: Annotated[Path, typer.Argument(help="Folder of a run, or a .safetensors file.")],
+    config: Annotated[
+        str | None, typer.Option(help="A config's name or file; default: the folder's own.")
+    ] = None,
+    backend: Annotated[
+        str | None,
+        typer.Option(
+            help=f"Such as impl_numpy; default: the first there is of {', '.join(q.BACKENDS)}."
+        ),
+    ] = None,
+    count: Annotated[int, typer.Option(min=1, help="Images of each sampler.")] = 50,
+    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Of the noise.")] = 0,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    json: Annotated[
+        Path | None,
+        typer.Option(help="Report; the picture goes beside it. Default RUN/solvers.json."),
+    ] = None,
+) -> None:
+    """Hold few steps of DDIM and of DPM-Solver++(2M) against DDIM in all steps.
+
+    Exit status: 0, or 2 where the command cannot be carried out.
+    """
+    try:
+        compare(run, config, backend, count, seed, device, report_file(run, json, "solvers"))
+    except (ValueError, OSError, ArithmeticError) as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(2) from error
 
 
 if __name__ == "__main__":
