@@ -42,7 +42,7 @@ def write_starter(folder: Path, name: str | None, cases: Sequence[Case]) -> list
     }
     files = {
         f"{name}.py": _filled("module.txt", values) + methods(cases),
-        "README.md": _filled("README.md", values),
+        "README.md": _filled("readme.txt", values),
         "noxfile.py": _filled("noxfile.txt", values),
         "requirements.txt": "# What your implementation needs besides NumPy, such as torch.\n",
         ".gitignore": IGNORED,
