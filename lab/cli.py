@@ -1,29 +1,36 @@
 """`python -m impl_NAME train|sample ...`: trains one backend on a dataset, and draws with it."""
 
-import collections
-import contextlib
+import dataclasses
 import importlib
+import json
 import math
-import signal
-import threading
-import time
-from collections.abc import Iterable, Iterator
+import os
+import shlex
+import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from lab.files import WEIGHTS, FileError, read_run, write_atomically, write_run
+from lab.files import FileError, read_run, write_atomically
 from lab.pictures import grid, png
-from spec.config import Config, load_config
-from spec.data import load_dataset
+from lab.sample import DDIM_STEPS, parse_labels
+from lab.state import (
+    check_same_run,
+    circumstances,
+    data_digest,
+    read_state,
+)
+from lab.terminal import console, fault, faults_told, warn
+from lab.train import Metrics, Run, alone_in, clean_folder, holds_run, training_data
+from spec.backend import MODES, one_of
+from spec.config import CHOICES, Config, load_config
 from spec.noise import normals, sampling_noise
 
-WINDOW = 50  # steps over which the loss and the speed are averaged
-DDIM_STEPS = 50
+STEPS = 2000
+PRECISIONS = ("float32", "bf16")
+FAILED = 1
 INTERRUPTED = 130  # what a shell reports after Ctrl-C
 
 app = typer.Typer(
@@ -32,11 +39,13 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,  # plain help and errors, the same in a terminal and in a log
 )
-console = Console(highlight=False, soft_wrap=True)
 
-ConfigOption = Annotated[str, typer.Option(help="A config's name, or a .toml file.")]
-SeedOption = Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Of every random number.")]
-DeviceOption = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
+SeedOption = typer.Option(min=0, max=2**32 - 1, help="Of every random number; default 0.")
+DeviceOption = typer.Option(help="auto, cpu or cuda; default auto.")
+ModeOption = typer.Option(help="compiled or eager; default: the one that suits the framework.")
+PrecisionOption = typer.Option(
+    help="float32 or bf16: of the network's arithmetic; weights and state are float32 always."
+)
 
 
 def main(backend: str) -> None:
@@ -44,20 +53,30 @@ def main(backend: str) -> None:
     app(prog_name=f"python -m {backend}", obj=backend)
 
 
-@contextlib.contextmanager
-def faults_told() -> Iterator[None]:
-    """A wrong argument, file or config ends the program with one line and exit status 2."""
-    try:
-        yield
-    except (ValueError, OSError) as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(2) from error
-
-
-def open_model(backend: str, config: Config, params, seed: int, device: str):
-    """The backend's model, in the mode that it names first; what it runs on is printed."""
+def open_model(
+    backend: str,
+    config: Config,
+    params,
+    seed: int,
+    device: str | None,
+    mode: str | None,
+    precision: str | None,
+):
+    """The backend's model; what it runs on is printed. Without a mode, the one it names first."""
+    one_of("--precision", precision or PRECISIONS[0], PRECISIONS)
+    if mode is not None:
+        one_of("--mode", mode, MODES)
+    # Without it, TensorFlow adds up in another order now and then; it is read at import.
+    os.environ.setdefault("TF_DETERMINISTIC_OPS", "1")
     module = importlib.import_module(backend)
-    model = module.open(config, params, seed=seed, device=device, mode=module.modes[0])
+    model = module.open(
+        config,
+        params,
+        seed=seed,
+        dtype=precision or PRECISIONS[0],
+        device=device or "auto",
+        mode=mode or module.modes[0],
+    )
     facts = model.describe()
     console.print(
         f"{facts['framework']} on {facts['device']}, {facts['dtype']}, {facts['mode']}; "
@@ -66,127 +85,173 @@ def open_model(backend: str, config: Config, params, seed: int, device: str):
     return model
 
 
-def training_data(config: Config) -> tuple[np.ndarray, np.ndarray]:
-    """Images [N, H, W, C] and labels [N] of the config's dataset. Raises ValueError."""
-    data = load_dataset(config.data)
-    shape = data.train_images.shape[1:]
-    if shape != config.image_shape:
-        raise ValueError(
-            f"dataset {config.data!r} has images {list(shape)}, config {config.name!r} is for "
-            f"{list(config.image_shape)} (height, width, channels); choose a config of this dataset"
-        )
-    classes = int(data.train_labels.max()) + 1
-    if config.num_classes not in (0, classes):
-        raise ValueError(
-            f"dataset {config.data!r} has {classes} classes, config {config.name!r} has "
-            f"{config.num_classes}; set num_classes to {classes}, or to 0 for none"
-        )
-    return data.train_images, data.train_labels
-
-
-@contextlib.contextmanager
-def interruptions() -> Iterator[threading.Event]:
-    """An event that Ctrl-C sets, so that a step is never cut in half; a second one ends at once."""
-    asked = threading.Event()
-
-    def ask(signal_number, frame):
-        if asked.is_set():
-            raise KeyboardInterrupt
-        asked.set()
-
-    before = signal.signal(signal.SIGINT, ask)
-    try:
-        yield asked
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
-def follow(losses: Iterable[float], steps: int, batch_size: int) -> tuple[int, float]:
-    """Draw losses until they end or Ctrl-C; gives the steps done and the mean of the last losses.
-
-    Raises ArithmeticError where a loss is not finite.
-    """
-    recent: collections.deque[float] = collections.deque(maxlen=WINDOW)
-    times = collections.deque([time.perf_counter()], maxlen=WINDOW)
-    done = 0
-    bar = Progress(
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("loss {task.fields[loss]:.4f}  {task.fields[rate]:,.0f} images/s "),
-        TimeRemainingColumn(),
-        console=console,
-    )
-    with interruptions() as asked, bar:
-        task = bar.add_task("", total=steps, loss=math.nan, rate=0.0)
-        for loss in losses:
-            if not math.isfinite(loss):
-                raise ArithmeticError(f"the loss is {loss} at step {done}")
-            recent.append(loss)
-            times.append(time.perf_counter())
-            rate = batch_size * (len(times) - 1) / (times[-1] - times[0])
-            done += 1
-            bar.update(task, completed=done, loss=sum(recent) / len(recent), rate=rate)
-            if asked.is_set():
-                break
-    return done, sum(recent) / len(recent)
+def command_to_go_on(context: typer.Context, folder: Path) -> str:
+    """The command that this run goes on with: this one, with its folder and --resume."""
+    words = [sys.orig_argv[0], "-m", context.obj, "train"]
+    for parameter in context.command.params:
+        name, value = str(parameter.name), context.params[str(parameter.name)]
+        source = context.get_parameter_source(name)
+        given = source is not None and source.name == "COMMANDLINE"
+        if not given or name in ("out", "resume", "overwrite"):
+            continue
+        words += [parameter.opts[0]] if value is True else [parameter.opts[0], str(value)]
+    return shlex.join([*words, "--out", str(folder), "--resume"])
 
 
 @app.command()
 def train(
     context: typer.Context,
-    config: ConfigOption = "digits",
-    steps: Annotated[int, typer.Option(min=1, help="Updates of the weights.")] = 2000,
+    config: Annotated[
+        str | None, typer.Option(help="A config's name, or a .toml file; default digits.")
+    ] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(
+            help="digits, mnist, fashion_mnist, cifar10 or folder:PATH; default the config's."
+        ),
+    ] = None,
+    data_dir: Annotated[
+        Path | None, typer.Option(help="Where the files of the dataset are, if not fetched.")
+    ] = None,
+    steps: Annotated[
+        int | None, typer.Option(min=1, help=f"Updates of the weights in all; default {STEPS}.")
+    ] = None,
     batch_size: Annotated[int | None, typer.Option(min=1, help="In place of the config's.")] = None,
-    seed: SeedOption = 0,
+    seed: Annotated[int | None, SeedOption] = None,
     shared_noise: Annotated[
         bool,
         typer.Option("--shared-noise", help="Draw from the stream that all backends share (S10)."),
     ] = False,
-    device: DeviceOption = "auto",
+    device: Annotated[str | None, DeviceOption] = None,
+    mode: Annotated[str | None, ModeOption] = None,
+    precision: Annotated[str | None, PrecisionOption] = None,
+    sample_every: Annotated[
+        int | None, typer.Option(min=1, help="Steps between pictures, in samples/ of the folder.")
+    ] = None,
+    save_every: Annotated[
+        int | None, typer.Option(min=1, help="Steps between saves; default: about a minute.")
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="Folder; default runs/CONFIG-BACKEND.")] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the state in the folder, to --steps.")
+    ] = False,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace a run that stands in the folder.")
     ] = False,
 ) -> None:
     """Train from new weights; the averaged weights (EMA) are written to a folder.
 
-    Ctrl-C ends it early and keeps what is there.
+    Ctrl-C ends it early, keeps what is there, and prints the command that goes on.
     """
     with faults_told():
-        chosen = load_config(config)
+        if resume and overwrite:
+            raise ValueError("--resume goes on, --overwrite begins anew; give one of them")
+        chosen = load_config(config or "digits")
+        folder = out or Path("runs") / f"{chosen.name}-{context.obj.removeprefix('impl_')}"
+        saved = read_state(folder) if resume else None
+        if saved is None and holds_run(folder) and not overwrite:
+            raise FileError(
+                f"{folder} holds a run; go on with it by --resume, choose another --out, or "
+                "replace it by --overwrite"
+            )
+        facts: dict[str, Any] = {}  # of the run so far
+        if saved is not None:
+            facts = saved.facts
+            chosen = saved.config if config is None else chosen
+            steps = facts["steps"] if steps is None else steps
+            if steps < saved.state["step"]:
+                raise FileError(
+                    f"{folder} is at step {saved.state['step']}, beyond --steps {steps}; give more"
+                )
         if batch_size is not None:
             chosen = chosen.replace(batch_size=batch_size)
-        images, labels = training_data(chosen)
-        folder = out or Path("runs") / f"{chosen.name}-{context.obj.removeprefix('impl_')}"
-        if (folder / WEIGHTS).exists() and not overwrite:
-            raise FileError(f"{folder} holds a run; choose another --out, or add --overwrite")
-        model = open_model(context.obj, chosen, None, seed, device)
+        if data is None:
+            data = facts.get("data", chosen.data)
+            data_dir = facts.get("data_dir") if data_dir is None else data_dir
+        elif data in CHOICES["data"]:
+            chosen = chosen.replace(data=data)
+        images, labels = training_data(chosen, data, data_dir)
+        seed = facts.get("seed", 0) if seed is None else seed
+        precision = facts.get("dtype", PRECISIONS[0]) if precision is None else precision
+        device = facts.get("device_option", "auto") if device is None else device
+        mode = facts.get("mode") if mode is None else mode
+        model = open_model(context.obj, chosen, None, seed, device, mode, precision)
+        now = {
+            "config": dataclasses.asdict(chosen),
+            "seed": seed,
+            "shared_noise": shared_noise or facts.get("shared_noise", False),
+            "backend": context.obj,
+            "dtype": precision,
+            "data": data,
+            "data_dir": None if data_dir is None else str(data_dir),
+            "data_sha256": data_digest(images, labels),
+            "steps": steps or STEPS,
+            "device_option": device,
+            **circumstances(model.describe()),
+        }
+        now = json.loads(json.dumps(now))  # lists for tuples, as they are read back
+        step = 0
+        if saved is not None:
+            differences = check_same_run(facts, now, folder)
+            if differences:
+                warn(f"{'; '.join(differences)}: the last bits may differ from an unbroken run's")
+            model.load_state(saved.state)
+            step = saved.state["step"]
+            console.print(f"goes on at step {step} of {now['steps']}")
+        folder.mkdir(parents=True, exist_ok=True)
+        with alone_in(folder):
+            clean_folder(folder, step if resume else None)
+            run = Run(
+                model,
+                chosen,
+                now,
+                folder,
+                now["steps"],
+                step=step,
+                sample_every=sample_every,
+                save_every=save_every,
+            )
+            if resume:
+                run.saved_step = step
+            follow(run, images, labels, command_to_go_on(context, folder))
+
+
+def follow(run: Run, images: np.ndarray, labels: np.ndarray, go_on: str) -> None:
+    """Train, and say how it ended: done, stopped by Ctrl-C, or by a fault."""
+    metrics = Metrics(run.folder, run.step)
     try:
-        losses = model.fit(images, labels, steps, shared_noise)
-        done, loss = follow(losses, steps, chosen.batch_size)
+        finished = run.train(images, labels, metrics)
     except ArithmeticError as error:
         typer.echo(
-            f"error: {error}: nothing was written; lower learning_rate in a config of your own",
+            f"error: {error}; {kept(run)}. Lower learning_rate in a config of your own, and train "
+            "anew",
             err=True,
         )
-        raise typer.Exit(1) from error
-    with faults_told():
-        write_run(folder, chosen, model.state()["ema"])
-    if done < steps:
-        console.print(f"stopped after {done} of {steps} steps; what was trained so far is kept")
-    console.print(f"mean loss of the last {min(done, WINDOW)} steps {loss:.4f}; wrote {folder}")
-    if done < steps:
-        raise typer.Exit(INTERRUPTED)
+        raise typer.Exit(FAILED) from error
+    except (OSError, KeyboardInterrupt) as error:
+        reason = fault(error) if isinstance(error, OSError) else "stopped at once"
+        typer.echo(f"error: {reason}; {kept(run)}", err=True)
+        if run.saved_step is not None:
+            typer.echo(f"go on with: {go_on}", err=True)
+        raise typer.Exit(FAILED if isinstance(error, OSError) else INTERRUPTED) from error
+    finally:
+        metrics.close()
+    if run.recent:
+        loss = sum(run.recent) / len(run.recent)
+        console.print(f"mean loss of the last {len(run.recent)} steps {loss:.4f}")
+    if finished:
+        console.print(f"trained {run.step} steps; wrote {run.folder}")
+        return
+    console.print(f"stopped after {run.step} of {run.goal} steps; all of it is kept")
+    console.print(f"go on with: {go_on}")
+    raise typer.Exit(INTERRUPTED)
 
 
-def parse_labels(text: str | None, config: Config) -> list[int]:
-    """Labels from a list such as `0,1,2`; every class where there is none; [] without classes."""
-    if text is None:
-        return list(range(config.num_classes))
-    try:
-        return [int(part) for part in text.split(",")]
-    except ValueError as error:
-        raise ValueError(f"--labels {text!r} is not a list such as 0,1,2") from error
+def kept(run: Run) -> str:
+    """What is on disk of a run that a fault ended."""
+    if run.saved_step is None:
+        return "nothing was written"
+    return f"the state of step {run.saved_step} is kept in {run.folder}"
 
 
 @app.command()
@@ -208,8 +273,8 @@ def sample(
         str | None, typer.Option(help="Such as 3 or 0,1,2; repeated to fill; default: all classes.")
     ] = None,
     count: Annotated[int, typer.Option(min=1, help="Number of images.")] = 20,
-    seed: SeedOption = 0,
-    device: DeviceOption = "auto",
+    seed: Annotated[int, SeedOption] = 0,
+    device: Annotated[str, DeviceOption] = "auto",
     out: Annotated[Path, typer.Option(help="PNG file, replaced where it is there.")] = Path(
         "samples.png"
     ),
@@ -230,7 +295,7 @@ def sample(
         else:
             x, noise = normals(seed, "x_T", 0, (count, *chosen.image_shape)), None
         rows = np.array([wanted[i % len(wanted)] for i in range(count)]) if wanted else None
-        model = open_model(context.obj, chosen, params, seed, device)
+        model = open_model(context.obj, chosen, params, seed, device, None, None)
         images = model.sample(
             x.astype(np.float32),
             noise,

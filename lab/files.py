@@ -111,19 +111,38 @@ class FileError(ValueError):
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """Put data at path so that a kill at any moment leaves the old file or the new one, whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    """Put data at path so that a kill at any moment leaves the old file or the new one, whole.
+
+    Raises OSError that names the path; what stood there is then as it was.
+    """
+    temporary = None
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
         with os.fdopen(handle, "wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
         os.chmod(temporary, 0o644)  # mkstemp allows the owner alone
         os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        sync_folder(path.parent)
+    except BaseException as error:
+        if temporary is not None:
+            Path(temporary).unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.errno:  # name the file, not its temporary
+            raise OSError(error.errno, error.strerror, str(path)) from error
         raise
+
+
+def sync_folder(folder: Path) -> None:
+    """Make a rename in this folder last through a loss of power, where the system can."""
+    if os.name == "nt":  # folders cannot be opened there
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def to_diffusers(config: Config) -> dict[str, Any]:
