@@ -4,7 +4,6 @@ import dataclasses
 import importlib
 import json
 import math
-import os
 import shlex
 import sys
 from pathlib import Path
@@ -66,8 +65,6 @@ def open_model(
     one_of("--precision", precision or PRECISIONS[0], PRECISIONS)
     if mode is not None:
         one_of("--mode", mode, MODES)
-    # Without it, TensorFlow adds up in another order now and then; it is read at import.
-    os.environ.setdefault("TF_DETERMINISTIC_OPS", "1")
     module = importlib.import_module(backend)
     model = module.open(
         config,
@@ -190,29 +187,24 @@ def train(
             **circumstances(model.describe()),
         }
         now = json.loads(json.dumps(now))  # lists for tuples, as they are read back
-        step = 0
         if saved is not None:
             differences = check_same_run(facts, now, folder)
             if differences:
                 warn(f"{'; '.join(differences)}: the last bits may differ from an unbroken run's")
-            model.load_state(saved.state)
-            step = saved.state["step"]
-            console.print(f"goes on at step {step} of {now['steps']}")
+            console.print(f"goes on at step {saved.state['step']} of {now['steps']}")
         folder.mkdir(parents=True, exist_ok=True)
         with alone_in(folder):
-            clean_folder(folder, step if resume else None)
+            clean_folder(folder, saved.state["step"] if saved else None)
             run = Run(
                 model,
                 chosen,
                 now,
                 folder,
                 now["steps"],
-                step=step,
+                state=saved.state if saved else None,
                 sample_every=sample_every,
                 save_every=save_every,
             )
-            if resume:
-                run.saved_step = step
             follow(run, images, labels, command_to_go_on(context, folder))
 
 

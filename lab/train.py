@@ -20,6 +20,7 @@ from lab.pictures import png
 from lab.sample import progress_picture
 from lab.state import PARTS, STATE, write_state
 from lab.terminal import Loading, console, warn
+from spec.backend import State
 from spec.config import Config
 from spec.data import load_dataset
 
@@ -201,15 +202,25 @@ class Run:
         folder: Path,
         goal: int,
         *,
-        step: int = 0,
+        state: State | None = None,
         sample_every: int | None = None,
         save_every: int | None = None,
     ) -> None:
-        """`facts` go into the state as they are; `step` is how far the model is."""
+        """A new run of this model, or one that goes on from `state`, which is on disk.
+
+        `facts` go into the state's file as they are.
+        """
         self.model, self.config, self.facts = model, config, facts
-        self.folder, self.goal, self.step = folder, goal, step
+        self.folder, self.goal = folder, goal
         self.sample_every, self.save_every = sample_every, save_every
-        self.saved_step: int | None = None  # of the last state on disk
+        # A new run reads and loads its state too. TensorFlow orders some sums by names, which
+        # count all that was made before: the first step must come after the same calls always.
+        first = model.state()
+        self.unsaved = first if state is None else None
+        model.load_state(first if state is None else state)
+        self.step: int = (first if state is None else state)["step"]
+        # of the last state on disk
+        self.saved_step: int | None = None if state is None else self.step
         self.saved_at = time.monotonic()
         self.save_seconds = 0.0
         self.recent: collections.deque[float] = collections.deque(maxlen=WINDOW)
@@ -220,7 +231,7 @@ class Run:
         Raises ArithmeticError before that where the state is not finite: a good one is kept.
         """
         began = time.monotonic()
-        state = self.model.state()
+        state, self.unsaved = self.unsaved or self.model.state(), None
         for part in PARTS:
             if not all(np.isfinite(value).all() for value in state[part].values()):
                 raise ArithmeticError(f"the {part} are no longer finite at step {self.step}")
