@@ -117,6 +117,8 @@ def read_state(folder: Path) -> Saved:
         raise FileError(f"state {path} has format {found}; this version reads {FORMAT}: {remedy}")
     if facts.get("sha256") != _digest(tensors, facts):
         raise FileError(f"state {path} is damaged: its values are not those written; {remedy}")
+    if missing := [key for key in (*IDENTITY, "steps", "data", "mode") if key not in facts]:
+        raise FileError(f"state {path} lacks {', '.join(missing)}; {remedy}")
     parts: dict[str, dict[str, np.ndarray]] = {part: {} for part in PARTS}
     for key, value in tensors.items():
         part, _, name = key.partition(".")
