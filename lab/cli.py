@@ -11,10 +11,19 @@ from typing import Annotated, Any
 
 import numpy as np
 import typer
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+)
 
+from lab import pictures
 from lab.files import FileError, read_run, write_atomically
-from lab.pictures import grid, png
-from lab.sample import DDIM_STEPS, parse_labels
+from lab.sample import DDIM_STEPS, Plan, batch_size, draw, even_moments, parse_labels
 from lab.state import (
     check_same_run,
     circumstances,
@@ -23,12 +32,13 @@ from lab.state import (
 )
 from lab.terminal import console, fault, faults_told, warn
 from lab.train import Metrics, Run, alone_in, clean_folder, holds_run, training_data
-from spec.backend import MODES, one_of
+from spec.backend import METHODS, MODES, one_of
 from spec.config import CHOICES, Config, load_config
-from spec.noise import normals, sampling_noise
 
 STEPS = 2000
 PRECISIONS = ("float32", "bf16")
+STRIP_COLUMNS = 10  # moments that a strip shows, noise and sample among them
+GIF_FRAMES = 50
 FAILED = 1
 INTERRUPTED = 130  # what a shell reports after Ctrl-C
 
@@ -249,7 +259,9 @@ def kept(run: Run) -> str:
 @app.command()
 def sample(
     context: typer.Context,
-    weights: Annotated[Path, typer.Option(help="Folder of a run, or a .safetensors file.")],
+    weights: Annotated[
+        Path, typer.Option(help="Folder of a run or of diffusers, or a .safetensors file.")
+    ],
     config: Annotated[
         str | None, typer.Option(help="A config's name or file; default: the folder's own.")
     ] = None,
@@ -266,37 +278,74 @@ def sample(
     ] = None,
     count: Annotated[int, typer.Option(min=1, help="Number of images.")] = 20,
     seed: Annotated[int, SeedOption] = 0,
-    device: Annotated[str, DeviceOption] = "auto",
+    device: Annotated[str | None, DeviceOption] = None,
+    mode: Annotated[str | None, ModeOption] = None,
+    precision: Annotated[str | None, PrecisionOption] = None,
     out: Annotated[Path, typer.Option(help="PNG file, replaced where it is there.")] = Path(
         "samples.png"
     ),
+    strip: Annotated[
+        bool, typer.Option("--strip", help="Show how they come about: a row an image.")
+    ] = False,
+    gif: Annotated[Path | None, typer.Option(help="GIF file too, of how they come about.")] = None,
 ) -> None:
     """Draw images from trained weights into one picture; a seed gives every backend the same."""
     with faults_told():
-        if out.suffix.lower() != ".png":
-            raise ValueError(f"--out {out} is no PNG file; give a name that ends with .png")
+        check_file("--out", out, ".png")
+        if gif is not None:
+            check_file("--gif", gif, ".gif")
+        one_of("--method", method, METHODS)
         chosen, params = read_run(weights, config)
         wanted = parse_labels(labels, chosen)
-        ddim_steps = min(DDIM_STEPS, chosen.timesteps) if method == "ddim" else chosen.timesteps
-        steps = ddim_steps if steps is None else steps
+        if steps is None:
+            steps = min(DDIM_STEPS, chosen.timesteps) if method == "ddim" else chosen.timesteps
         if steps > chosen.timesteps:
             raise ValueError(f"--steps {steps} is above the {chosen.timesteps} of {chosen.name!r}")
-        if method == "ddpm" or eta:
-            x, noise = sampling_noise(chosen, count, seed, steps)
-            noise = noise.astype(np.float32)
+        rows = np.resize(wanted, count) if wanted else None
+        plan = Plan(count, rows, method, steps, eta, guidance_scale, seed)
+        model = open_model(context.obj, chosen, params, seed, device, mode, precision)
+        columns = even_moments(steps, STRIP_COLUMNS) if strip else [steps]
+        frames = even_moments(steps, GIF_FRAMES) if gif else [steps]
+        moments = sorted({*columns, *frames})
+        drawn = draw_all(model, chosen, plan, moments)
+        across = len(wanted) if 1 < len(wanted) <= 16 else math.isqrt(count - 1) + 1
+        if strip:
+            picture = pictures.strip(drawn[[moments.index(at) for at in columns]])
         else:
-            x, noise = normals(seed, "x_T", 0, (count, *chosen.image_shape)), None
-        rows = np.array([wanted[i % len(wanted)] for i in range(count)]) if wanted else None
-        model = open_model(context.obj, chosen, params, seed, device, None, None)
-        images = model.sample(
-            x.astype(np.float32),
-            noise,
-            rows,
-            method=method,
-            steps=steps,
-            eta=eta,
-            guidance_scale=guidance_scale,
-        )[-1]
-        columns = len(wanted) if 1 < len(wanted) <= 16 else math.isqrt(count - 1) + 1
-        write_atomically(out, png(grid(images, columns)))
+            picture = pictures.grid(drawn[-1], across)
+        write_atomically(out, pictures.png(picture))
+        if gif is not None:
+            film = [pictures.grid(drawn[moments.index(at)], across) for at in frames]
+            write_atomically(gif, pictures.gif(film))
     console.print(f"wrote {out}: {count} images, {method} in {steps} steps, seed {seed}")
+    if gif is not None:
+        console.print(f"wrote {gif}: the same in {len(frames)} frames")
+
+
+def check_file(option: str, path: Path, suffix: str) -> None:
+    """Raise ValueError where this cannot be the name of a file of this kind."""
+    kind = suffix[1:].upper()
+    if path.suffix.lower() != suffix:
+        raise ValueError(f"{option} {path} is no {kind} file; give a name that ends with {suffix}")
+    if path.is_dir():
+        raise ValueError(f"{option} {path} is a folder; give the name of a {kind} file")
+
+
+def draw_all(model, config: Config, plan: Plan, moments: list[int]) -> np.ndarray:
+    """[len(moments), count, H, W, C] of all images, with a line that shows the time it takes."""
+    size = batch_size(config, plan)
+    batches = math.ceil(plan.count / size)
+    columns: list[ProgressColumn] = [
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        TimeElapsedColumn(),
+    ]
+    if batches > 1:
+        columns += [BarColumn(), MofNCompleteColumn(), TextColumn("batches")]
+    with Progress(*columns, console=console) as progress:
+        task = progress.add_task(f"drawing {plan.count} images", total=batches)
+        parts = []
+        for part in draw(model, config, plan, moments):
+            parts.append(part)
+            progress.advance(task)
+    return np.concatenate(parts, axis=1)

@@ -1,4 +1,4 @@
-"""lab/pictures.py: where every pixel of a grid stands, and what cannot be shown."""
+"""lab/pictures.py: where every pixel of a grid, strip or film stands, and what cannot be shown."""
 
 import io
 
@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lab.pictures import GAP, grid, png, to_bytes
+from lab.pictures import FRAME_MS, GAP, LAST_FRAME_MS, gif, grid, png, strip, to_bytes
 
 
 def test_the_ends_and_the_middle_of_the_range():
@@ -51,3 +51,32 @@ def test_colours_survive_the_file():
 def test_what_cannot_be_shown_is_said(images, columns, words):
     with pytest.raises(ValueError, match=words):
         grid(images, columns)
+
+
+def test_a_strip_has_a_row_an_image_and_a_column_a_moment():
+    moments = np.linspace(-1, 1, 6).reshape(3, 2, 1, 1, 1) * np.ones((3, 2, 64, 64, 1))
+    picture = strip(moments)
+    assert picture.shape == (2 * (64 + GAP) + GAP, 3 * (64 + GAP) + GAP, 3)
+    for moment in range(3):
+        for image in range(2):
+            top, left = image * (64 + GAP) + GAP, moment * (64 + GAP) + GAP
+            value = to_bytes(moments[moment, image, 0, 0, 0])
+            assert (picture[top : top + 64, left : left + 64] == value).all()
+    with pytest.raises(ValueError, match=r"give \[S, N, H, W, C\]"):
+        strip(moments[0])
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_film_shows_every_picture_and_stands_at_its_end(channels):
+    images = np.random.default_rng(0).uniform(-1, 1, (4, 2, 8, 8, channels))
+    frames = [grid(pair, 2) for pair in images]
+    film = Image.open(io.BytesIO(gif(frames)))
+    assert film.n_frames == 4
+    assert film.info["loop"] == 0
+    for i, frame in enumerate(frames):
+        film.seek(i)
+        assert film.info["duration"] == (LAST_FRAME_MS if i == 3 else FRAME_MS)
+        error = np.abs(np.asarray(film.convert("RGB")).astype(int) - frame).max()
+        assert error <= (0 if channels == 1 else 64)
+    with pytest.raises(ValueError, match="at least one picture"):
+        gif([])
