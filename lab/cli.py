@@ -22,6 +22,7 @@ from rich.progress import (
 )
 
 from lab import pictures
+from lab.events import EVENTS, check_tensorboard
 from lab.files import FileError, read_run, write_atomically
 from lab.sample import DDIM_STEPS, Plan, batch_size, draw, even_moments, parse_labels
 from lab.state import (
@@ -31,9 +32,20 @@ from lab.state import (
     read_state,
 )
 from lab.terminal import console, fault, faults_told, warn
-from lab.train import Metrics, Run, alone_in, clean_folder, holds_run, training_data
-from spec.backend import METHODS, MODES, one_of
-from spec.config import CHOICES, Config, load_config
+from lab.train import (
+    Metrics,
+    Run,
+    alone_in,
+    check_data,
+    choose_config,
+    clean_folder,
+    fit_config,
+    holds_run,
+    run_name,
+    training_data,
+)
+from spec.backend import METHODS, one_of
+from spec.config import Config
 
 STEPS = 2000
 PRECISIONS = ("float32", "bf16")
@@ -62,8 +74,24 @@ def main(backend: str) -> None:
     app(prog_name=f"python -m {backend}", obj=backend)
 
 
+def find_backend(backend: str, mode: str | None, precision: str | None):
+    """The backend's module. Raises ValueError where it does not compute as asked."""
+    one_of("--precision", precision or PRECISIONS[0], PRECISIONS)
+    with console.status(f"loading {backend}"):
+        module = importlib.import_module(backend)
+    if precision is not None and precision not in module.dtypes:
+        able = [name for name in PRECISIONS if name in module.dtypes]
+        raise ValueError(
+            f"--precision {precision} is not for {backend}, which has {' and '.join(able)}; take "
+            "that, or one of the frameworks"
+        )
+    if mode is not None:
+        one_of("--mode", mode, module.modes)
+    return module
+
+
 def open_model(
-    backend: str,
+    module,
     config: Config,
     params,
     seed: int,
@@ -72,10 +100,6 @@ def open_model(
     precision: str | None,
 ):
     """The backend's model; what it runs on is printed. Without a mode, the one it names first."""
-    one_of("--precision", precision or PRECISIONS[0], PRECISIONS)
-    if mode is not None:
-        one_of("--mode", mode, MODES)
-    module = importlib.import_module(backend)
     model = module.open(
         config,
         params,
@@ -109,7 +133,8 @@ def command_to_go_on(context: typer.Context, folder: Path) -> str:
 def train(
     context: typer.Context,
     config: Annotated[
-        str | None, typer.Option(help="A config's name, or a .toml file; default digits.")
+        str | None,
+        typer.Option(help="A config's name, or a .toml file; default the dataset's, or digits."),
     ] = None,
     data: Annotated[
         str | None,
@@ -118,7 +143,8 @@ def train(
         ),
     ] = None,
     data_dir: Annotated[
-        Path | None, typer.Option(help="Where the files of the dataset are, if not fetched.")
+        Path | None,
+        typer.Option(help="Folder that has the dataset's files; default: they are fetched."),
     ] = None,
     steps: Annotated[
         int | None, typer.Option(min=1, help=f"Updates of the weights in all; default {STEPS}.")
@@ -138,6 +164,9 @@ def train(
     save_every: Annotated[
         int | None, typer.Option(min=1, help="Steps between saves; default: about a minute.")
     ] = None,
+    tensorboard: Annotated[
+        bool, typer.Option("--tensorboard", help="Write curves and pictures for TensorBoard too.")
+    ] = False,
     out: Annotated[Path | None, typer.Option(help="Folder; default runs/CONFIG-BACKEND.")] = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on from the state in the folder, to --steps.")
@@ -153,9 +182,18 @@ def train(
     with faults_told():
         if resume and overwrite:
             raise ValueError("--resume goes on, --overwrite begins anew; give one of them")
-        chosen = load_config(config or "digits")
-        folder = out or Path("runs") / f"{chosen.name}-{context.obj.removeprefix('impl_')}"
+        if tensorboard:
+            check_tensorboard()
+        if data is not None:
+            check_data(data)
+        folder, chosen = out, None
+        if folder is None or config is not None or not resume:
+            chosen = choose_config(config, data)
+            name = run_name(chosen, data or chosen.data)
+            folder = out or Path("runs") / f"{name}-{context.obj.removeprefix('impl_')}"
         saved = read_state(folder) if resume else None
+        if saved is not None and config is None:
+            chosen = saved.config
         if saved is None and holds_run(folder) and not overwrite:
             raise FileError(
                 f"{folder} holds a run; go on with it by --resume, choose another --out, or "
@@ -164,25 +202,32 @@ def train(
         facts: dict[str, Any] = {}  # of the run so far
         if saved is not None:
             facts = saved.facts
-            chosen = saved.config if config is None else chosen
             steps = facts["steps"] if steps is None else steps
             if steps < saved.state["step"]:
                 raise FileError(
                     f"{folder} is at step {saved.state['step']}, beyond --steps {steps}; give more"
                 )
+        assert chosen is not None
         if batch_size is not None:
             chosen = chosen.replace(batch_size=batch_size)
         if data is None:
             data = facts.get("data", chosen.data)
             data_dir = facts.get("data_dir") if data_dir is None else data_dir
-        elif data in CHOICES["data"]:
-            chosen = chosen.replace(data=data)
-        images, labels = training_data(chosen, data, data_dir)
         seed = facts.get("seed", 0) if seed is None else seed
         precision = facts.get("dtype", PRECISIONS[0]) if precision is None else precision
         device = facts.get("device_option", "auto") if device is None else device
         mode = facts.get("mode") if mode is None else mode
-        model = open_model(context.obj, chosen, None, seed, device, mode, precision)
+        module = find_backend(context.obj, mode, precision)
+        images, labels = training_data(chosen, data, data_dir)
+        if saved is None or config is not None:  # else the data must be the run's own in any case
+            fitted = fit_config(chosen, data, labels)
+            if fitted.num_classes != chosen.num_classes:
+                console.print(
+                    f"num_classes is {fitted.num_classes}, as {data} has it, in place of "
+                    f"{chosen.num_classes}"
+                )
+            chosen = fitted
+        model = open_model(module, chosen, None, seed, device, mode, precision)
         now = {
             "config": dataclasses.asdict(chosen),
             "seed": seed,
@@ -215,12 +260,14 @@ def train(
                 sample_every=sample_every,
                 save_every=save_every,
             )
-            follow(run, images, labels, command_to_go_on(context, folder))
+            metrics = Metrics(folder, run.step, tensorboard)
+            if tensorboard:
+                console.print(f"to watch it: tensorboard --logdir {folder / EVENTS}")
+            follow(run, images, labels, metrics, command_to_go_on(context, folder))
 
 
-def follow(run: Run, images: np.ndarray, labels: np.ndarray, go_on: str) -> None:
+def follow(run: Run, images: np.ndarray, labels: np.ndarray, metrics: Metrics, go_on: str) -> None:
     """Train, and say how it ended: done, stopped by Ctrl-C, or by a fault."""
-    metrics = Metrics(run.folder, run.step)
     try:
         finished = run.train(images, labels, metrics)
     except ArithmeticError as error:
@@ -301,9 +348,10 @@ def sample(
             steps = min(DDIM_STEPS, chosen.timesteps) if method == "ddim" else chosen.timesteps
         if steps > chosen.timesteps:
             raise ValueError(f"--steps {steps} is above the {chosen.timesteps} of {chosen.name!r}")
+        module = find_backend(context.obj, mode, precision)
         rows = np.resize(wanted, count) if wanted else None
         plan = Plan(count, rows, method, steps, eta, guidance_scale, seed)
-        model = open_model(context.obj, chosen, params, seed, device, mode, precision)
+        model = open_model(module, chosen, params, seed, device, mode, precision)
         columns = even_moments(steps, STRIP_COLUMNS) if strip else [steps]
         frames = even_moments(steps, GIF_FRAMES) if gif else [steps]
         moments = sorted({*columns, *frames})

@@ -7,7 +7,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-console = Console(highlight=False, soft_wrap=True)
+console = Console(highlight=False, soft_wrap=True, markup=False)  # a path may hold [brackets]
 
 
 def fault(error: Exception) -> str:
@@ -37,7 +37,10 @@ class Loading:
 
     def __init__(self) -> None:
         self.bar = Progress(
-            TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), console=console
+            TextColumn("{task.description}", markup=False),
+            BarColumn(),
+            TimeElapsedColumn(),
+            console=console,
         )
         self.tasks: dict[str, object] = {}
 
@@ -51,4 +54,5 @@ class Loading:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self.bar.stop()
+        if self.tasks:
+            self.bar.stop()

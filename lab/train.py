@@ -15,53 +15,107 @@ from typing import Any
 import numpy as np
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from lab.files import CONFIG, SETTINGS, WEIGHTS, FileError, write_atomically, write_run
+from lab.events import EVENTS, PATTERN, Events
+from lab.files import (
+    CONFIG,
+    INDEX,
+    SCHEDULER,
+    SETTINGS,
+    WEIGHTS,
+    FileError,
+    write_atomically,
+    write_run,
+)
 from lab.pictures import png
 from lab.sample import progress_picture
 from lab.state import PARTS, STATE, write_state
 from lab.terminal import Loading, console, warn
 from spec.backend import State
-from spec.config import Config
-from spec.data import load_dataset
+from spec.config import Config, load_config
+from spec.data import FOLDER, SHAPES, load_dataset
 
 METRICS = "metrics.jsonl"
 SAMPLES = "samples"
-EVENTS = "tensorboard"
+OWN = "folder"  # the `data` of a config for images of one's own
 WINDOW = 50  # steps over which the loss and the speed are averaged
 SAVE_SECONDS = 60  # between two saves, where --save-every does not say
 SAVE_SHARE = 0.05  # of the time, at most, goes into saving then
-FETCHED = ("mnist", "fashion_mnist", "cifar10")
-FOLDER = "folder:"
+
+
+def check_data(name: str) -> None:
+    """Raise ValueError unless this is the name of a dataset."""
+    if name not in SHAPES and not name.startswith(FOLDER):
+        raise ValueError(
+            f"--data {name!r} is unknown; choose one of {', '.join(SHAPES)}, or {FOLDER}PATH for "
+            "images of your own"
+        )
+
+
+def choose_config(name: str | None, data: str | None) -> Config:
+    """The config of this name, or else of this dataset, or else `digits`.
+
+    Raises ValueError for a folder without a config: nothing says how large its images are to be.
+    """
+    if name is None and data is not None and data.startswith(FOLDER):
+        raise ValueError(
+            f"--data {data} needs a --config, which says what its images are made to: mnist (28x28 "
+            "grey), cifar10 (32x32 in colour), or a .toml file of your own"
+        )
+    return load_config(name or data or "digits")
 
 
 def training_data(
-    config: Config, name: str | None = None, data_dir: Path | None = None
+    config: Config, name: str, data_dir: Path | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Images [N, H, W, C] and labels [N] of a dataset, by default the config's.
+    """Images [N, H, W, C] of the config's shape and labels [N]: a dataset's part to train on.
 
     Raises ValueError where they do not fit the config, and what `load_dataset` raises.
     """
-    name = config.data if name is None else name
-    options: dict[str, Any] = {} if data_dir is None else {"data_dir": data_dir}
-    if name.startswith(FOLDER):
-        options["image_shape"] = config.image_shape
+    if name == OWN:
+        raise ValueError(
+            f"config {config.name!r} is for images of your own; name them with --data {FOLDER}PATH"
+        )
+    check_data(name)
+    if name in SHAPES and SHAPES[name] != config.image_shape:
+        raise ValueError(
+            f"dataset {name!r} has images {list(SHAPES[name])}, config {config.name!r} is for "
+            f"{list(config.image_shape)} (height, width, channels); take --config {name}, or a "
+            ".toml file of your own with that image_size and in_channels"
+        )
     with Loading() as loading:
-        if name in FETCHED or name.startswith(FOLDER):
-            options["progress"] = loading
-        data = load_dataset(name, **options)
-    shape = data.train_images.shape[1:]
-    if shape != config.image_shape:
-        raise ValueError(
-            f"dataset {name!r} has images {list(shape)}, config {config.name!r} is for "
-            f"{list(config.image_shape)} (height, width, channels); choose a config of this dataset"
-        )
-    classes = int(data.train_labels.max()) + 1
-    if config.num_classes not in (0, classes):
-        raise ValueError(
-            f"dataset {name!r} has {classes} classes, config {config.name!r} has "
-            f"{config.num_classes}; set num_classes to {classes}, or to 0 for none"
-        )
+        data = load_dataset(name, data_dir, config.image_shape, loading)
     return data.train_images, data.train_labels
+
+
+def fit_config(config: Config, name: str, labels: np.ndarray) -> Config:
+    """The config with the dataset's name and, for a folder, its number of classes.
+
+    A config without classes keeps to that: it trains on images alone. The classes of a config for
+    another dataset say nothing of a folder, so it gets the folder's: 0 where there are no
+    subfolders. Raises ValueError where a config for folders, or for a dataset, has other classes.
+    """
+    classes = int(labels.max()) + 1
+    fitted = config.replace(data=OWN if name.startswith(FOLDER) else name)
+    if config.num_classes in (0, classes):
+        return fitted
+    if fitted.data == OWN and config.data != OWN:
+        if classes == 1:
+            return fitted.replace(num_classes=0, label_dropout=0.0)
+        return fitted.replace(num_classes=classes)
+    raise ValueError(
+        f"dataset {name!r} has {classes} classes, config {config.name!r} has "
+        f"{config.num_classes}; in a config of your own, set num_classes to {classes}, or to 0 "
+        "(and label_dropout to 0) for images without classes"
+    )
+
+
+def run_name(config: Config, data: str) -> str:
+    """What a run is called: as its config, and as its data where they are not the config's."""
+    if data == config.data:
+        return config.name
+    if data.startswith(FOLDER):
+        data = Path(data.removeprefix(FOLDER)).expanduser().resolve().name or OWN
+    return f"{config.name}-{data}"
 
 
 @contextlib.contextmanager
@@ -130,14 +184,15 @@ def clean_folder(folder: Path, step: int | None) -> None:
 
     The state goes first: without it, nothing else counts as a run to go on from.
     """
-    for name in (STATE, WEIGHTS, CONFIG, SETTINGS, METRICS, f"{SAMPLES}/step-"):
+    written = (STATE, WEIGHTS, CONFIG, SETTINGS, SCHEDULER, INDEX, METRICS)
+    for name in (*written, f"{SAMPLES}/step-"):
         place = folder / name
         for temporary in place.parent.glob(f".{place.name}*.*"):
             temporary.unlink(missing_ok=True)
     if step is None:
-        for name in (STATE, WEIGHTS, METRICS):
+        for name in written:
             (folder / name).unlink(missing_ok=True)
-        for path in folder.joinpath(EVENTS).glob("events.out.tfevents.*"):
+        for path in folder.joinpath(EVENTS).glob(PATTERN):
             path.unlink(missing_ok=True)
     for at, path in sample_files(folder).items():
         if step is None or at > step:
@@ -150,12 +205,13 @@ def learning_rate(config: Config, step: int) -> float:
 
 
 class Metrics:
-    """`metrics.jsonl` of a run: one JSON object a step, each step once."""
+    """`metrics.jsonl` of a run, one JSON object a step, each step once; TensorBoard's files too."""
 
-    def __init__(self, folder: Path, step: int) -> None:
+    def __init__(self, folder: Path, step: int, tensorboard: bool = False) -> None:
         """Open it to go on after `step`; lines of later steps are dropped."""
         self.path, self.seconds = folder / METRICS, 0.0
         self._keep(step)
+        self.events = Events(folder, step) if tensorboard else None
         self.file = self.path.open("a", encoding="utf-8")
 
     def _keep(self, step: int) -> None:
@@ -179,6 +235,13 @@ class Metrics:
     def add(self, record: Mapping[str, Any]) -> None:
         """Append a line; it is on disk after `sync`."""
         self.file.write(json.dumps(record) + "\n")
+        if self.events:
+            self.events.add(record)
+
+    def picture(self, step: int, data: bytes) -> None:
+        """Show the bytes of a PNG file in TensorBoard, where that was asked for."""
+        if self.events:
+            self.events.picture(step, data)
 
     def sync(self) -> None:
         """Put all lines on disk: a state must never be ahead of its metrics."""
@@ -186,7 +249,9 @@ class Metrics:
         os.fsync(self.file.fileno())
 
     def close(self) -> None:
-        """Close the file, though the disk be full: what was synced stays."""
+        """Close the files, though the disk be full: what was synced stays."""
+        if self.events:
+            self.events.close()
         with contextlib.suppress(OSError):
             self.file.close()
 
@@ -249,16 +314,17 @@ class Run:
         wait = max(SAVE_SECONDS, self.save_seconds / SAVE_SHARE)
         return time.monotonic() - self.saved_at > wait
 
-    def draw(self) -> np.ndarray:
-        """The picture of this step [H', W', 3], from the EMA weights; it is also written."""
+    def draw(self) -> bytes:
+        """The picture of this step, drawn with the EMA weights: a PNG file, which is written."""
         state = self.model.state()
         self.model.load_state({**state, "params": state["ema"]})
         try:
             picture = progress_picture(self.model, self.config, self.facts["seed"])
         finally:
             self.model.load_state(state)
-        write_atomically(self.folder / SAMPLES / f"step-{self.step:06}.png", png(picture))
-        return picture
+        data = png(picture)
+        write_atomically(self.folder / SAMPLES / f"step-{self.step:06}.png", data)
+        return data
 
     def train(self, images: np.ndarray, labels: np.ndarray, metrics: Metrics) -> bool:
         """Train until the goal; False where Ctrl-C ended it before. All that is done is saved.
@@ -309,7 +375,7 @@ class Run:
                     began = time.perf_counter()
                 # A picture comes before the state of its step: a state never lacks one.
                 if self.sample_every and self.step % self.sample_every == 0:
-                    self.draw()
+                    metrics.picture(self.step, self.draw())
                 if self.step < self.goal and not asked.is_set() and self._save_due():
                     self.save(metrics)
             if self.saved_step != self.step or self.step == self.goal:

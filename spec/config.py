@@ -10,7 +10,7 @@ CHOICES = {
     "schedule": ("linear", "cosine"),
     "prediction": ("eps", "x0", "v"),
     "variance": ("small", "large"),
-    "data": ("digits", "mnist", "fashion_mnist", "cifar10"),
+    "data": ("digits", "mnist", "fashion_mnist", "cifar10", "folder"),  # the last: one's own
 }
 
 

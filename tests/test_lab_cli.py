@@ -16,7 +16,7 @@ from lab.cli import app
 from lab.files import WEIGHTS, read_run, read_weights
 from lab.sample import parse_labels
 from lab.state import read_state
-from lab.train import training_data
+from lab.train import fit_config, run_name
 from spec.config import load_config
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -106,6 +106,14 @@ def test_all_backends_draw_the_same_picture(tmp_path, small, options):
     ("options", "words"),
     [
         (["--config", "tiny"], "images [8, 8, 1], config 'tiny' is for [8, 12, 2]"),
+        (["--config", "digits", "--data", "mnist"], "take --config mnist, or a .toml file of your"),
+        (["--data", "letters"], "--data 'letters' is unknown; choose one of digits, mnist"),
+        (["--data", "folder:x"], "--data folder:x needs a --config"),
+        (["--config", "mnist", "--data", "folder:no-such"], "folder no-such is not there"),
+        (["--data-dir", "x"], "'digits' comes with scikit-learn; leave --data-dir out"),
+        (["--data", "mnist", "--data-dir", "no-such"], "--data-dir no-such is no folder"),
+        (["--precision", "bf16"], "bf16 is not for impl_numpy, which has float32; take"),
+        (["--precision", "half"], "--precision = 'half' is unknown"),
         (["--config", "none"], "unknown config 'none'"),
         (["--device", "tpu"], "device = 'tpu' is unknown"),
         (["--batch-size", "0"], "greater than or equal to 1"),
@@ -149,11 +157,109 @@ def test_labels_repeat_every_class_by_default():
     assert parse_labels(None, load_config("tiny_uncond")) == []
 
 
-def test_a_config_without_classes_trains_on_images_alone():
-    config = load_config("digits").replace(num_classes=0, label_dropout=0.0)
-    assert len(training_data(config)[0]) > 1000
-    with pytest.raises(ValueError, match="has 10 classes, config 'digits' has 9"):
-        training_data(load_config("digits").replace(num_classes=9))
+@pytest.mark.parametrize("backend", ["impl_numpy", "impl_torch"])
+def test_a_config_without_classes_trains_on_images_alone(tmp_path, small, backend):
+    text = SMALL.replace("num_classes = 10", "num_classes = 0").replace("label_dropout = 0.1", "")
+    small.write_text(text)
+    done = invoke(backend, "train", "--config", small, "--steps", 2, "--out", tmp_path / "run")
+    assert done.exit_code == 0, done.output
+    assert read_run(tmp_path / "run", None)[0] == load_config(small)
+    assert "class_embedding.weight" not in read_weights(tmp_path / "run" / WEIGHTS)
+
+
+def own_images(folder, *classes, count=4, size=(9, 12)):
+    """A folder of small images: `count` in each of the subfolders; "" is the folder itself."""
+    draw = np.random.default_rng(0)
+    for name in classes:
+        folder.joinpath(name).mkdir(parents=True, exist_ok=True)
+        for i in range(count):
+            pixels = draw.integers(0, 256, (*size, 3), np.uint8)
+            Image.fromarray(pixels).save(folder / name / f"{i}.png")
+    return f"folder:{folder}"
+
+
+@pytest.mark.parametrize(
+    ("classes", "expected", "said"),
+    [
+        (["cats", "dogs", "owls"], 3, "num_classes is 3, as folder:"),
+        ([""], 0, "num_classes is 0, as folder:"),
+    ],
+)
+def test_a_folder_of_images_gives_a_config_its_classes(tmp_path, small, classes, expected, said):
+    data, out = own_images(tmp_path / "animals", *classes), tmp_path / "run"
+    options = ["--config", small, "--data", data, "--steps", 2, "--out", out]
+    done = invoke("impl_numpy", "train", *options)
+    assert done.exit_code == 0, done.output
+    assert said in done.output
+    config = read_run(out, None)[0]
+    assert (config.data, config.num_classes) == ("folder", expected)
+    assert config.label_dropout == (0.1 if expected else 0.0)
+    done = invoke("impl_numpy", "train", "--out", out, "--steps", 3, "--resume")
+    assert done.exit_code == 0, done.output
+    assert "goes on at step 2 of 3" in done.output
+    done = invoke("impl_numpy", "sample", "--weights", out, "--out", tmp_path / "a.png")
+    assert done.exit_code == 0, done.output
+
+
+def test_a_config_for_folders_means_its_classes(tmp_path, small):
+    data = own_images(tmp_path / "animals", "cats", "dogs", "owls")
+    small.write_text(SMALL.replace("num_classes = 10", 'num_classes = 2\ndata = "folder"'))
+    train = ["train", "--config", small, "--steps", 1, "--out", tmp_path / "run"]
+    done = invoke("impl_numpy", *train)
+    assert done.exit_code == 2
+    assert "config 'small' is for images of your own; name them with --data folder:" in done.output
+    done = invoke("impl_numpy", *train, "--data", data)
+    assert done.exit_code == 2
+    assert "has 3 classes, config 'small' has 2; in a config of your own, set" in done.output
+    assert not (tmp_path / "run").exists()
+    small.write_text(small.read_text().replace("num_classes = 2", "num_classes = 3"))
+    assert invoke("impl_numpy", *train, "--data", data).exit_code == 0
+    assert read_run(tmp_path / "run", None)[0] == load_config(small)
+
+
+def idx(path, array):
+    head = bytes([0, 0, 8, array.ndim]) + b"".join(n.to_bytes(4, "big") for n in array.shape)
+    path.write_bytes(head + array.tobytes())
+
+
+def test_a_dataset_is_read_from_a_folder_and_brings_its_config(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    draw = np.random.default_rng(0)
+    for part in ("train", "t10k"):
+        idx(tmp_path / f"{part}-images-idx3-ubyte", draw.integers(0, 256, (20, 28, 28), np.uint8))
+        idx(tmp_path / f"{part}-labels-idx1-ubyte", np.arange(20, dtype=np.uint8) % 10)
+    options = ["--data-dir", tmp_path, "--steps", 1, "--batch-size", 2]
+    done = invoke("impl_numpy", "train", "--data", "fashion_mnist", *options)
+    assert done.exit_code == 0, done.output
+    assert "wrote runs/fashion_mnist-numpy" in done.output
+    assert "reading Fashion-MNIST" in done.output
+    expected = load_config("fashion_mnist").replace(batch_size=2)
+    assert read_run(Path("runs/fashion_mnist-numpy"), None)[0] == expected
+    assert read_state(Path("runs/fashion_mnist-numpy")).facts["data_dir"] == str(tmp_path)
+    # The folder is known on resuming; another dataset of the same form is another run's.
+    again = ["train", "--out", "runs/fashion_mnist-numpy", "--steps", 2, "--resume"]
+    assert invoke("impl_numpy", *again).exit_code == 0
+    # A config goes with another dataset of its form, and the run is called after both.
+    done = invoke("impl_numpy", "train", "--config", "mnist", "--data", "fashion_mnist", *options)
+    assert "wrote runs/mnist-fashion_mnist-numpy" in done.output
+    assert read_run(Path("runs/mnist-fashion_mnist-numpy"), None)[0].data == "fashion_mnist"
+
+
+def test_a_run_is_called_after_config_and_data():
+    digits = load_config("digits")
+    assert run_name(digits, "digits") == "digits"
+    assert run_name(digits, "folder:some/where/cats/") == "digits-cats"
+    assert run_name(digits, "folder:/") == "digits-folder"
+
+
+def test_a_dataset_must_have_the_classes_of_the_config():
+    labels = np.arange(10)
+    digits = load_config("digits")
+    assert fit_config(digits, "digits", labels) == digits
+    unconditional = digits.replace(num_classes=0, label_dropout=0.0)
+    assert fit_config(unconditional, "folder:x", labels) == unconditional.replace(data="folder")
+    with pytest.raises(ValueError, match="has 10 classes, config 'digits' has 9; in a config of"):
+        fit_config(digits.replace(num_classes=9), "digits", labels)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no SIGINT for one process there")

@@ -1,6 +1,7 @@
 """A run killed at any moment and resumed ends with the bits of a run that was never stopped.
 
-`ROSETTA_SLOW_TESTS=1` adds twenty kills in each of the four, which takes some minutes.
+Twenty kills in each of the four take about half an hour, so they are left out unless asked for:
+`ROSETTA_SLOW_TESTS=1 nox -s tests -- tests/test_lab_resume.py`.
 """
 
 import importlib.util
@@ -15,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from lab.files import WEIGHTS, read_weights
 from lab.state import PARTS, STATE, read_state
@@ -77,18 +79,19 @@ def kill(words, out, before, after):
     return read_state(out).state["step"] if (out / STATE).exists() else None
 
 
-def check_kills(backend, tmp_path, kills, seed):
+def check_kills(backend, tmp_path, kills, seed, options=()):
     """Kill a run so often, resume it to its end, and compare with one that was not stopped."""
     config = tmp_path / "small.toml"
     config.write_text(SMALL)
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     began = time.monotonic()
-    finish(command(backend, config, whole))
+    finish(command(backend, config, whole, *options))
     duration = time.monotonic() - began
     chance, steps, alive = random.Random(seed), [], STEPS
     while len(steps) < kills:
         resume = ["--resume"] if (broken / STATE).exists() else []
-        words = command(backend, config, broken, "--save-every", chance.choice([1, 3, 7]), *resume)
+        save = ["--save-every", chance.choice([1, 3, 7])]
+        words = command(backend, config, broken, *options, *save, *resume)
         # One in five dies before its first step; the others within some steps.
         before = chance.uniform(0, duration) if chance.random() < 0.2 else 600
         step = kill(words, broken, before, chance.uniform(0, 0.15))
@@ -104,7 +107,7 @@ def check_kills(backend, tmp_path, kills, seed):
     print(f"{backend}: states after {kills} kills stood at {steps}")
     assert any(step not in (None, 0, STEPS) for step in steps), f"no kill met a step: {steps}"
     resume = ["--resume"] if (broken / STATE).exists() else []
-    finish(command(backend, config, broken, *resume))
+    finish(command(backend, config, broken, *options, *resume))
     check_same(whole, broken)
 
 
@@ -125,13 +128,36 @@ def check_same(whole, broken):
     for folder in (whole, broken):
         pictures = sorted(path.name for path in (folder / "samples").iterdir())
         assert pictures == [f"step-{step:06}.png" for step in (20, 40, 60)]
+        for name in pictures:
+            one, other = ((place / "samples" / name).read_bytes() for place in (whole, folder))
+            assert one == other, name
         assert not [path for path in folder.rglob(".*") if path.is_file()], "a temporary file"
 
 
+def own_images(folder):
+    """A folder of two classes of small images, as an argument of --data."""
+    draw = np.random.default_rng(0)
+    for i in range(30):
+        place = folder / f"class-{i % 2}"
+        place.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(draw.integers(0, 256, (9, 12, 3), np.uint8)).save(place / f"{i}.png")
+    return f"folder:{folder}"
+
+
 @posix
-@pytest.mark.parametrize("backend", ["numpy", "torch"])
-def test_a_killed_run_ends_as_one_never_stopped(tmp_path, backend):
-    check_kills(backend, tmp_path, kills=2, seed=1)
+@pytest.mark.parametrize(
+    ("backend", "kind"),
+    [("numpy", "plain"), ("torch", "plain"), ("numpy", "own images"), ("torch", "bf16")],
+)
+def test_a_killed_run_ends_as_one_never_stopped(tmp_path, backend, kind):
+    options = {
+        "plain": [],
+        "own images": ["--data", own_images(tmp_path / "images"), "--shared-noise"],
+        "bf16": ["--precision", "bf16", "--tensorboard"],
+    }
+    if kind == "bf16":
+        pytest.importorskip("tensorboard")
+    check_kills(backend, tmp_path, kills=2, seed=1, options=options[kind])
 
 
 @posix

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 from safetensors.numpy import load_file, save_file
 from typer.testing import CliRunner
 
@@ -128,7 +129,7 @@ def test_metrics_go_on_after_the_state(tmp_path, capsys):
         (["--batch-size", 8], "batch_size = 8, the run has 4"),
         (["--config", "digits"], "layers_per_block = 1"),
         (["--shared-noise"], "shared_noise = True, the run has False"),
-        (["--precision", "bf16"], "dtype = 'bf16'"),
+        (["--precision", "bf16"], "--precision bf16 is not for impl_numpy, which has float32"),
         (["--steps", 2], "is at step 3, beyond --steps 2"),
         (["--overwrite"], "--resume goes on, --overwrite begins anew"),
     ],
@@ -143,6 +144,27 @@ def test_another_run_is_refused(run, small, options, words):
     assert {path.name: path.read_bytes() for path in run.iterdir()} == before
 
 
+def test_bf16_goes_on_exactly_and_is_a_run_of_its_own(tmp_path, small):
+    pytest.importorskip("torch")
+    one, two = tmp_path / "one", tmp_path / "two"
+    bf16 = ["--precision", "bf16"]
+    for out, steps in ((one, 6), (two, 3)):
+        done = train(small, out, "--steps", steps, *bf16, backend="impl_torch")
+        assert done.exit_code == 0, done.output
+        assert ", bf16, " in done.output
+    done = train(small, two, "--resume", "--precision", "float32", backend="impl_torch")
+    assert done.exit_code == 2
+    assert "dtype = 'float32', the run has 'bf16'" in done.output
+    done = train(small, two, "--resume", "--steps", 6, backend="impl_torch")
+    assert done.exit_code == 0, done.output
+    assert bits(one) == bits(two)
+    state = read_state(one).state
+    assert {value.dtype for part in PARTS for value in state[part].values()} == {np.dtype("f4")}
+    # Master weights: what bf16 cannot hold is kept.
+    weight = state["params"]["conv_in.weight"].view(np.uint32)
+    assert (weight & 0xFFFF).any()
+
+
 def test_other_data_and_another_backend_are_refused(run, small, monkeypatch):
     pytest.importorskip("torch")
     done = train(small, run, "--resume", "--steps", 4, backend="impl_torch")
@@ -150,10 +172,45 @@ def test_other_data_and_another_backend_are_refused(run, small, monkeypatch):
     assert "backend = 'impl_torch', the run has 'impl_numpy'" in done.output
     data = lab.train.load_dataset("digits")
     other = data._replace(train_images=-data.train_images)
-    monkeypatch.setattr(lab.train, "load_dataset", lambda name: other)
+    monkeypatch.setattr(lab.train, "load_dataset", lambda *_: other)
     done = train(small, run, "--resume", "--steps", 4)
     assert done.exit_code == 2
     assert "the data are not those of the run" in done.output
+
+
+def test_a_folder_must_hold_the_images_that_it_held(tmp_path, small):
+    animals, one, two = tmp_path / "animals", tmp_path / "one", tmp_path / "two"
+    draw = np.random.default_rng(0)
+    for i in range(8):
+        place = animals / "ab"[i % 2]
+        place.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(draw.integers(0, 256, (8, 8), np.uint8)).save(place / f"{i}.png")
+    data = ["--data", f"folder:{animals}"]
+    assert train(small, one, "--steps", 5, *data).exit_code == 0
+    assert train(small, two, "--steps", 2, *data).exit_code == 0
+    assert train(small, two, "--steps", 5, "--resume").exit_code == 0  # its --config is another's
+    assert bits(one) == bits(two)
+    # As well from another place, but not with an image changed, or a class more.
+    animals.rename(tmp_path / "moved")
+    done = train(small, two, "--steps", 6, "--resume")
+    assert done.exit_code == 2
+    assert "is not there; give the path" in done.output
+    moved = ["--data", f"folder:{tmp_path / 'moved'}"]
+    assert train(small, two, "--steps", 6, "--resume", *moved).exit_code == 0
+    before = bits(two)
+    image = tmp_path / "moved" / "a" / "0.png"
+    Image.fromarray(255 - np.asarray(Image.open(image))).save(image)
+    done = train(small, two, "--steps", 7, "--resume", *moved)
+    assert done.exit_code == 2
+    assert "the data are not those of the run" in done.output
+    (tmp_path / "moved" / "c").mkdir()
+    image.rename(tmp_path / "moved" / "c" / "0.png")
+    done = CliRunner().invoke(
+        app, ["train", "--out", str(two), "--resume", *moved], obj="impl_numpy"
+    )
+    assert done.exit_code == 2
+    assert "the data are not those of the run" in done.output
+    assert bits(two) == before
 
 
 def test_the_digest_of_data_sees_every_value():

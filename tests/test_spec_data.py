@@ -946,7 +946,7 @@ def test_the_configs_fit_their_datasets(tmp_path):
     write(tmp_path / "MNIST", mnist_files())
     write(tmp_path / "FashionMNIST", mnist_files(seed=1))
     write(tmp_path / CIFAR_FOLDER, cifar_files())
-    assert tuple(SHAPES) == CHOICES["data"]
+    assert (*SHAPES, "folder") == CHOICES["data"]
     checked = set()
     for config in map(load_config, config_names()):
         if config.data in SOURCES:
