@@ -12,17 +12,20 @@ from PIL import Image
 
 EVENTS = "tensorboard"  # folder of a run
 PATTERN = "events.out.tfevents.*"  # what its files are called there
+PROTO = "tensorboard.compat.proto.event_pb2"
+RECORDS = "tensorboard.summary.writer.record_writer"
 SCALARS = ("loss", "images_per_second", "learning_rate")
 
 
 def check_tensorboard() -> None:
-    """Raise ImportError that says what to install, where tensorboard is not there."""
+    """Raise ImportError that says what to install, where tensorboard is not there or not whole."""
     try:
-        importlib.import_module("tensorboard")
+        for name in (PROTO, RECORDS):
+            importlib.import_module(name)
     except ImportError as error:
         raise ImportError(
-            "--tensorboard needs the package tensorboard, which also shows what is written; "
-            "pip install tensorboard"
+            f"--tensorboard needs the package tensorboard, which also shows what is written "
+            f"({error}); pip install tensorboard"
         ) from error
 
 
@@ -34,18 +37,15 @@ class Events:
 
         Raises OSError.
         """
-        from tensorboard.compat.proto import event_pb2, summary_pb2
-        from tensorboard.summary.writer.record_writer import RecordWriter
-
-        self._proto, self._summary = event_pb2, summary_pb2
+        self._proto = importlib.import_module(PROTO)
         place = folder / EVENTS
         place.mkdir(parents=True, exist_ok=True)
         # TensorBoard reads the files of a folder in the order of their names.
         path = place / PATTERN.replace("*", f"{time.time():.6f}")
-        self.writer = RecordWriter(path.open("xb"))
+        self.writer = importlib.import_module(RECORDS).RecordWriter(path.open("xb"))
         self._write(file_version="brain.Event:2")
         if step:
-            start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+            start = self._proto.SessionLog(status=self._proto.SessionLog.START)
             self._write(step=step + 1, session_log=start)
 
     def _write(self, **content: Any) -> None:
@@ -55,18 +55,19 @@ class Events:
 
     def add(self, record: Mapping[str, Any]) -> None:
         """Write the curves of one step, a line of `metrics.jsonl`. Raises OSError."""
-        value = self._summary.Summary.Value
-        values = [value(tag=tag, simple_value=record[tag]) for tag in SCALARS]
-        self._write(step=record["step"], summary=self._summary.Summary(value=values))
+        content = [{"tag": tag, "simple_value": record[tag]} for tag in SCALARS]
+        self._write(step=record["step"], summary={"value": content})
 
     def picture(self, step: int, data: bytes) -> None:
         """Write the picture of a step, the bytes of a PNG file. Raises OSError."""
         width, height = Image.open(io.BytesIO(data)).size
-        image = self._summary.Summary.Image(
-            height=height, width=width, colorspace=3, encoded_image_string=data
-        )
-        value = self._summary.Summary.Value(tag="samples", image=image)
-        self._write(step=step, summary=self._summary.Summary(value=[value]))
+        image = {
+            "height": height,
+            "width": width,
+            "colorspace": 3,  # red, green, blue
+            "encoded_image_string": data,
+        }
+        self._write(step=step, summary={"value": [{"tag": "samples", "image": image}]})
 
     def close(self) -> None:
         """Close the file, though the disk be full."""

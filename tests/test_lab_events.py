@@ -9,7 +9,7 @@ import pytest
 from typer.testing import CliRunner
 
 from lab.cli import app
-from lab.events import EVENTS, PATTERN, Events
+from lab.events import EVENTS, PATTERN, PROTO, RECORDS, Events
 from lab.state import STATE, read_state
 from lab.train import METRICS, SAMPLES
 
@@ -102,8 +102,11 @@ def test_a_run_is_replaced_with_what_tensorboard_shows(train):
     assert not list((out / EVENTS).glob(PATTERN))
 
 
-def test_a_missing_package_is_told_before_the_work(train, monkeypatch):
-    monkeypatch.setitem(sys.modules, "tensorboard", None)
+@pytest.mark.parametrize("missing", ["tensorboard", RECORDS])  # all of it, or what it stands on
+def test_a_missing_package_is_told_before_the_work(train, monkeypatch, missing):
+    for name in (PROTO, RECORDS):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    monkeypatch.setitem(sys.modules, missing, None)
     out, done = train("--steps", 2, "--tensorboard")
     assert done.exit_code == 2
     assert "--tensorboard needs the package tensorboard" in done.output
