@@ -44,7 +44,7 @@ from lab.train import (
     run_name,
     training_data,
 )
-from spec.backend import METHODS, one_of
+from spec.backend import METHODS, MODES, one_of
 from spec.config import Config
 
 STEPS = 2000
@@ -77,6 +77,8 @@ def main(backend: str) -> None:
 def find_backend(backend: str, mode: str | None, precision: str | None):
     """The backend's module. Raises ValueError where it does not compute as asked."""
     one_of("--precision", precision or PRECISIONS[0], PRECISIONS)
+    if mode is not None:
+        one_of("--mode", mode, MODES)
     with console.status(f"loading {backend}"):
         module = importlib.import_module(backend)
     if precision is not None and precision not in module.dtypes:
@@ -85,8 +87,6 @@ def find_backend(backend: str, mode: str | None, precision: str | None):
             f"--precision {precision} is not for {backend}, which has {' and '.join(able)}; take "
             "that, or one of the frameworks"
         )
-    if mode is not None:
-        one_of("--mode", mode, module.modes)
     return module
 
 
@@ -312,9 +312,9 @@ def sample(
     config: Annotated[
         str | None, typer.Option(help="A config's name or file; default: the folder's own.")
     ] = None,
-    method: Annotated[str, typer.Option(help="ddim or ddpm.")] = "ddim",
+    method: Annotated[str, typer.Option(help=f"{', '.join(METHODS)}.")] = "ddim",
     steps: Annotated[
-        int | None, typer.Option(min=1, help=f"Default {DDIM_STEPS} for ddim; all for ddpm.")
+        int | None, typer.Option(min=1, help=f"Default {DDIM_STEPS}; all for ddpm.")
     ] = None,
     eta: Annotated[float, typer.Option(help="Noise of ddim's steps, 0 to 1.")] = 0.0,
     guidance_scale: Annotated[
@@ -345,7 +345,7 @@ def sample(
         chosen, params = read_run(weights, config)
         wanted = parse_labels(labels, chosen)
         if steps is None:
-            steps = min(DDIM_STEPS, chosen.timesteps) if method == "ddim" else chosen.timesteps
+            steps = chosen.timesteps if method == "ddpm" else min(DDIM_STEPS, chosen.timesteps)
         if steps > chosen.timesteps:
             raise ValueError(f"--steps {steps} is above the {chosen.timesteps} of {chosen.name!r}")
         module = find_backend(context.obj, mode, precision)

@@ -128,6 +128,22 @@ def test_wrong_training_arguments_are_refused(tmp_path, options, words):
     assert not (tmp_path / "run").exists()
 
 
+def test_the_strip_in_the_readme_is_what_its_command_draws(tmp_path, monkeypatch):
+    pytest.importorskip("torch")
+    monkeypatch.chdir(ROOT)
+    readme = (ROOT / "README.md").read_text("utf-8")
+    [line] = [line for line in readme.splitlines() if line.endswith("--out docs/strip.png")]
+    words = shlex.split(line)
+    assert words[:4] == [".nox/torch-cpu/bin/python", "-m", "impl_torch", "sample"]
+    done = invoke("impl_torch", *words[3:-1], tmp_path / "strip.png")
+    assert done.exit_code == 0, done.output
+    drawn = np.asarray(Image.open(tmp_path / "strip.png")).astype(int)
+    shown = np.asarray(Image.open(ROOT / "docs/strip.png")).astype(int)
+    assert shown.shape == drawn.shape
+    assert np.abs(shown - drawn).max() <= 1
+    assert (ROOT / "docs/strip.png").stat().st_size < 150_000
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [

@@ -146,7 +146,7 @@ def test_the_first_images_are_the_same_however_many_are_drawn(tmp_path, run):
         (["--method", "euler"], "--method = 'euler' is unknown; choose one of ddpm, ddim"),
         (["--mode", "fast"], "--mode = 'fast' is unknown; choose one of eager, compiled"),
         (["--precision", "fp8"], "--precision = 'fp8' is unknown; choose one of float32, bf16"),
-        (["--precision", "bf16"], "dtype = 'bf16'"),
+        (["--precision", "bf16"], "--precision bf16 is not for impl_numpy, which has float32"),
         (["--device", "tpu"], "device = 'tpu' is unknown"),
         (["--count", "0"], "greater than or equal to 1"),
     ],
