@@ -14,10 +14,12 @@ from typer.testing import CliRunner
 
 from lab.cli import app
 from lab.files import WEIGHTS, read_run, read_weights
+from lab.quality import check_config
 from lab.sample import parse_labels
 from lab.state import read_state
-from lab.train import fit_config, run_name
+from lab.train import choose_config, fit_config, run_name
 from spec.config import load_config
+from spec.data import SHAPES
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = """
@@ -259,6 +261,20 @@ def test_a_dataset_is_read_from_a_folder_and_brings_its_config(tmp_path, monkeyp
     done = invoke("impl_numpy", "train", "--config", "mnist", "--data", "fashion_mnist", *options)
     assert "wrote runs/mnist-fashion_mnist-numpy" in done.output
     assert read_run(Path("runs/mnist-fashion_mnist-numpy"), None)[0].data == "fashion_mnist"
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_every_dataset_has_a_config_of_its_name(name):
+    config = choose_config(None, name)
+    assert (config.name, config.data, config.image_shape) == (name, name, SHAPES[name])
+    assert config.num_classes == 10
+
+
+def test_a_run_on_a_folder_is_not_taken_for_digits():
+    config = fit_config(load_config("digits"), "folder:x", np.arange(10))
+    assert config.num_classes == 10
+    with pytest.raises(ValueError, match="data = 'folder', expected 'digits'"):
+        check_config(config)
 
 
 def test_a_run_is_called_after_config_and_data():

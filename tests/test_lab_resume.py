@@ -1,6 +1,6 @@
 """A run killed at any moment and resumed ends with the bits of a run that was never stopped.
 
-Twenty kills in each of the four take about half an hour, so they are left out unless asked for:
+Twenty kills in each of the four take about twenty minutes, so they are left out unless asked for:
 `ROSETTA_SLOW_TESTS=1 nox -s tests -- tests/test_lab_resume.py`.
 """
 
