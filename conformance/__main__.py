@@ -11,7 +11,15 @@ from typing import Annotated
 import typer
 
 from conformance import bench, coach, lines, parity, samples, show, starter
-from conformance.process import ROOT, CannotStart, Impl, Setup, interpreter, shipped
+from conformance.process import (
+    ROOT,
+    CannotStart,
+    Impl,
+    Setup,
+    WorkerProcess,
+    interpreter,
+    shipped,
+)
 from conformance.reports import Report, write_all, write_json
 from conformance.runner import (
     Column,
@@ -211,21 +219,15 @@ def run(
 
 def _run(suite: Suite, watch: show.Watch, jobs: int) -> Report:
     """Start every worker, which tells what is missing; then run `jobs` columns at a time."""
-    plan, asked, lacking = suite.plan, [], []
-    with watch.steps("starting") as seen:
-        for impl in plan.impls:
-            for dtype in plan.dtypes:
-                seen(f"{impl.name} {dtype}")
-                try:
-                    suite.worker(impl, dtype).start()
-                except CannotStart as error:
-                    if not (error.lacks and dtype in plan.optional):
-                        raise
-                    lacking.append(str(error))
-                else:
-                    asked.append((impl, dtype))
-    for text in lacking:
-        watch.say(text)
+    plan, asked = suite.plan, []
+    suite.share_cores(jobs)
+    for impl, dtype, error in _start(suite, watch, jobs):
+        if error is None:
+            asked.append((impl, dtype))
+        elif error.lacks and dtype in plan.optional:
+            watch.say(str(error))
+        else:
+            raise error
     with watch.columns() as follow, ThreadPoolExecutor(min(jobs, len(asked))) as pool:
 
         def run_column(impl: Impl, dtype: str) -> Column:
@@ -236,10 +238,38 @@ def _run(suite: Suite, watch: show.Watch, jobs: int) -> Report:
             return column
 
         try:
-            return Report(plan, list(pool.map(run_column, *zip(*asked, strict=True))))
+            report = Report(plan, list(pool.map(run_column, *zip(*asked, strict=True))))
         except BaseException:
             suite.stop()  # a pool waits for its threads, and they wait for their workers
             raise
+    suite.share_cores(1)
+    return report
+
+
+def _start(
+    suite: Suite, watch: show.Watch, jobs: int
+) -> list[tuple[Impl, str, CannotStart | None]]:
+    """Start the workers of all columns, `jobs` at a time; gives what kept one from starting."""
+    columns = [(impl, dtype) for impl in suite.plan.impls for dtype in suite.plan.dtypes]
+    workers = [suite.worker(impl, dtype) for impl, dtype in columns]
+
+    def start(worker: WorkerProcess) -> CannotStart | None:
+        try:
+            worker.start()
+        except CannotStart as error:
+            return error
+        return None
+
+    found = []
+    with watch.steps("starting") as seen, ThreadPoolExecutor(jobs) as pool:
+        try:
+            for (impl, dtype), error in zip(columns, pool.map(start, workers), strict=True):
+                seen(f"{impl.name} {dtype}")
+                found.append((impl, dtype, error))
+        except BaseException:
+            suite.stop()  # as below
+            raise
+    return found
 
 
 def _samples(suite: Suite, watch: show.Watch, report: Report, folder: Path) -> None:
@@ -295,6 +325,9 @@ def parity_command(
     ] = [],  # noqa: B006
     steps: Annotated[int, typer.Option(help="Train steps.")] = 100,
     config: Annotated[str, typer.Option(help="A config's name, or a .toml file.")] = "digits",
+    batch_size: Annotated[
+        int | None, typer.Option(help="Default: the golden run's, else the config's.")
+    ] = None,
     seed: Annotated[
         int | None,
         typer.Option(help="Of initial weights and every draw; default: the golden run's, else 0."),
@@ -319,15 +352,18 @@ def parity_command(
         jobs = check_jobs(jobs)
         impls = impl or [f"{name}={interpreter(name, device)}" for name in shipped()]
         plan = _plan(impls, dtype, device, mode, [], [], threads, timeout, goldens)
+        if batch_size is None:
+            chosen = parity.batch_of_golden(plan.goldens, chosen)
+        else:
+            chosen = chosen.replace(batch_size=batch_size)
         plan.setup = Setup(**{**vars(plan.setup), "probe": chosen})
         seed = parity.seed_of(plan.goldens, chosen) if seed is None else seed
         parity.check_run(steps, seed)
         with Suite(plan) as suite:
-            with watch.steps("starting") as seen:
-                for one in plan.impls:
-                    for column in plan.dtypes:
-                        seen(f"{one.name} {column}")
-                        suite.worker(one, column).start()
+            suite.share_cores(jobs)
+            for *_, error in _start(suite, watch, jobs):
+                if error is not None:
+                    raise error
             with watch.runs() as follow:
                 made = parity.make_parity(suite, chosen, steps, seed, jobs, follow)
         paths = parity.write_all(made, reports)

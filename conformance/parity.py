@@ -200,6 +200,14 @@ def golden_run(
     return None
 
 
+def batch_of_golden(goldens: Goldens, config: Config) -> Config:
+    """The config in the batch size of its golden run; as it is where it has none."""
+    for case in goldens.cases:
+        if case.call == "train_run" and case.config.replace(batch_size=config.batch_size) == config:
+            return case.config
+    return config
+
+
 def seed_of(goldens: Goldens, config: Config) -> int:
     """The seed of the config's golden run; 0 where it has none."""
     found = golden_run(goldens, config, None)

@@ -70,6 +70,7 @@ class Setup:
     threads: int
     timeout: float
     probe: Config  # opened once where a device is asked for by name
+    alone: bool = True  # no other worker is at work meanwhile, so it may be kept to some cores
 
 
 def environment(dtype: str, setup: Setup) -> dict[str, str]:
@@ -82,8 +83,6 @@ def environment(dtype: str, setup: Setup) -> dict[str, str]:
         "PYTHONIOENCODING": "utf-8",
         "JAX_ENABLE_X64": "1" if dtype == "float64" else "0",
     }
-    # Threads that spin while they wait slow two columns on the same cores twentyfold (PyTorch).
-    env.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     env.pop("NVIDIA_TF32_OVERRIDE", None)  # it would decide in the place of the column
     if setup.device == "cpu":
         env["CUDA_VISIBLE_DEVICES"] = ""
@@ -145,6 +144,7 @@ class WorkerProcess:
             "device": setup.device,
             "mode": setup.mode,
             "threads": setup.threads,
+            "alone": setup.alone,
             "goldens": str(setup.goldens),
             "results": str(self.folder),
             "config": dataclasses.asdict(setup.probe),

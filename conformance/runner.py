@@ -292,7 +292,9 @@ class Suite:
         self.plan = plan
         self._folder = tempfile.TemporaryDirectory(prefix="conformance-")
         self.folder = Path(self._folder.name)
+        self.setup = plan.setup
         self.workers: dict[tuple[str, str], WorkerProcess] = {}
+        self._made = 0
         self.passed: set[tuple[str, str, int, str]] = set()  # backend, dtype, start, case id
         self.stopped = threading.Event()
 
@@ -313,10 +315,25 @@ class Suite:
         """The worker of this backend and dtype."""
         key = (impl.name, dtype)
         if key not in self.workers:
-            number = len(self.workers)
-            folder = self.folder / str(number)
-            self.workers[key] = WorkerProcess(impl, dtype, self.plan.setup, folder)
+            folder = self.folder / str(self._made)
+            self._made += 1
+            self.workers[key] = WorkerProcess(impl, dtype, self.setup, folder)
         return self.workers[key]
+
+    def share_cores(self, jobs: int) -> None:
+        """Prepare for so many workers at a time, each with its share of the threads.
+
+        Threads of two workers on the same cores wait for one another by spinning: two columns of
+        PyTorch with two threads each, on two cores, are twenty times slower. (XLA heeds no number
+        of threads, and does not spin.) Workers that have another share end here, and with them
+        what they have passed.
+        """
+        threads = max(1, self.plan.setup.threads // jobs)
+        setup = dataclasses.replace(self.plan.setup, threads=threads, alone=jobs == 1)
+        if setup != self.setup:
+            for worker in self.workers.values():
+                worker.close()
+            self.workers, self.passed, self.setup = {}, set(), setup
 
     def ask_case(
         self, impl: Impl, dtype: str, case: Case, given: dict[str, np.ndarray] | None = None

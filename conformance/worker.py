@@ -81,7 +81,8 @@ class Worker:
         from spec.config import config_from_dict
         from spec.goldens import Goldens
 
-        limit_cores(request["threads"])
+        if request["alone"]:  # else which cores are free is for the system to say
+            limit_cores(request["threads"])
         name = request["backend"]
         try:
             backend = importlib.import_module(name)

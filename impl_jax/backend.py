@@ -48,6 +48,13 @@ def open(config: Config, params=None, *, seed=0, dtype="float32", device="auto",
     return Checked(JaxModel(config, params, seed, dtype, chosen, mode), config, dtype)
 
 
+def threads() -> int:
+    """Threads of XLA on the CPU: one for each core that it may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 class JaxModel:
     """See spec.backend.Model for what each method takes and gives."""
 
@@ -226,5 +233,5 @@ class JaxModel:
             "device": self.device.device_kind,
             "mode": self.mode,
             "dtype": self.precision,
-            "threads": len(os.sched_getaffinity(0)),
+            "threads": threads(),
         }

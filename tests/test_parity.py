@@ -15,6 +15,7 @@ from conformance.parity import (
     Curve,
     Limit,
     Parity,
+    batch_of_golden,
     golden_run,
     limits_of,
     sampling_options,
@@ -149,13 +150,16 @@ def test_what_cannot_be_run_is_refused(place, arguments, words):
     assert not (place / "reports").exists()
 
 
+RUN = batch_of_golden(GOLDENS, DIGITS)  # in the golden run's batch size
+
+
 def golden_parity(shift=0.0, dtype="float64", steps=100):
-    case, curve = golden_run(GOLDENS, DIGITS, None)
+    case, curve = golden_run(GOLDENS, RUN, None)
     losses = [float(loss) for loss in curve[:steps]]
     losses[steps // 2] *= 1 + shift
     run = Curve("impl_x", dtype, losses)
     limits = limits_of(case, ["float64", "float32"])
-    return Parity(DIGITS, case.options["seed"], steps, [run], curve, limits)
+    return Parity(RUN, case.options["seed"], steps, [run], curve, limits)
 
 
 def test_a_curve_is_held_to_the_golden_one_by_its_worst_step():
@@ -171,9 +175,12 @@ def test_a_curve_is_held_to_the_golden_one_by_its_worst_step():
     assert not over.ok
     assert "OVER" in over.notes()[-1]
     assert not golden_parity(math.nan).ok
-    assert golden_run(GOLDENS, DIGITS, 1) is None
-    assert seed_of(GOLDENS, DIGITS) == golden_parity().seed
+    assert golden_run(GOLDENS, RUN, 1) is None
+    assert seed_of(GOLDENS, RUN) == golden_parity().seed
     assert seed_of(GOLDENS, load_config("tiny")) == 0
+    assert golden_run(GOLDENS, DIGITS.replace(batch_size=RUN.batch_size + 1), None) is None
+    assert RUN.replace(batch_size=DIGITS.batch_size) == DIGITS
+    assert batch_of_golden(GOLDENS, load_config("tiny")) == load_config("tiny")
 
 
 def test_samples_are_guided_only_where_there_are_classes():
