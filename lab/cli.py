@@ -182,8 +182,6 @@ def train(
     with faults_told():
         if resume and overwrite:
             raise ValueError("--resume goes on, --overwrite begins anew; give one of them")
-        if tensorboard:
-            check_tensorboard()
         if data is not None:
             check_data(data)
         folder, chosen = out, None
@@ -217,6 +215,11 @@ def train(
         precision = facts.get("dtype", PRECISIONS[0]) if precision is None else precision
         device = facts.get("device_option", "auto") if device is None else device
         mode = facts.get("mode") if mode is None else mode
+        sample_every = facts.get("sample_every") if sample_every is None else sample_every
+        save_every = facts.get("save_every") if save_every is None else save_every
+        tensorboard = tensorboard or facts.get("tensorboard", False)
+        if tensorboard:
+            check_tensorboard()
         module = find_backend(context.obj, mode, precision)
         images, labels = training_data(chosen, data, data_dir)
         if saved is None or config is not None:  # else the data must be the run's own in any case
@@ -239,6 +242,9 @@ def train(
             "data_sha256": data_digest(images, labels),
             "steps": steps or STEPS,
             "device_option": device,
+            "sample_every": sample_every,
+            "save_every": save_every,
+            "tensorboard": tensorboard,
             **circumstances(model.describe()),
         }
         now = json.loads(json.dumps(now))  # lists for tuples, as they are read back
