@@ -70,7 +70,7 @@ class Setup:
     threads: int
     timeout: float
     probe: Config  # opened once where a device is asked for by name
-    alone: bool = True  # no other worker is at work meanwhile, so it may be kept to some cores
+    cores: int | None = None  # that workers beside each other share; None: as many as threads
 
 
 def environment(dtype: str, setup: Setup) -> dict[str, str]:
@@ -144,7 +144,7 @@ class WorkerProcess:
             "device": setup.device,
             "mode": setup.mode,
             "threads": setup.threads,
-            "alone": setup.alone,
+            "cores": setup.cores or setup.threads,
             "goldens": str(setup.goldens),
             "results": str(self.folder),
             "config": dataclasses.asdict(setup.probe),

@@ -328,8 +328,8 @@ class Suite:
         of threads, and does not spin.) Workers that have another share end here, and with them
         what they have passed.
         """
-        threads = max(1, self.plan.setup.threads // jobs)
-        setup = dataclasses.replace(self.plan.setup, threads=threads, alone=jobs == 1)
+        cores = self.plan.setup.threads
+        setup = dataclasses.replace(self.plan.setup, threads=max(1, cores // jobs), cores=cores)
         if setup != self.setup:
             for worker in self.workers.values():
                 worker.close()

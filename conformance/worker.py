@@ -81,8 +81,7 @@ class Worker:
         from spec.config import config_from_dict
         from spec.goldens import Goldens
 
-        if request["alone"]:  # else which cores are free is for the system to say
-            limit_cores(request["threads"])
+        limit_cores(request["cores"])
         name = request["backend"]
         try:
             backend = importlib.import_module(name)
@@ -181,11 +180,11 @@ def read_case(entry: dict[str, Any]) -> Any:
     )
 
 
-def limit_cores(threads: int) -> None:
+def limit_cores(count: int) -> None:
     """Keep this process on as many cores, for frameworks that heed no environment variable."""
     if hasattr(os, "sched_setaffinity"):
         cores = sorted(os.sched_getaffinity(0))
-        os.sched_setaffinity(0, cores[:threads])
+        os.sched_setaffinity(0, cores[:count])
 
 
 def main() -> None:
