@@ -292,7 +292,9 @@ class Suite:
         self.plan = plan
         self._folder = tempfile.TemporaryDirectory(prefix="conformance-")
         self.folder = Path(self._folder.name)
-        self.setup = plan.setup
+        # What a worker is told of the goldens has no expected value in it.
+        plan.goldens.copy_inputs(self.folder / "inputs")
+        self.setup = dataclasses.replace(plan.setup, goldens=self.folder / "inputs")
         self.workers: dict[tuple[str, str], WorkerProcess] = {}
         self._made = 0
         self.passed: set[tuple[str, str, int, str]] = set()  # backend, dtype, start, case id
@@ -329,7 +331,7 @@ class Suite:
         what they have passed.
         """
         cores = self.plan.setup.threads
-        setup = dataclasses.replace(self.plan.setup, threads=max(1, cores // jobs), cores=cores)
+        setup = dataclasses.replace(self.setup, threads=max(1, cores // jobs), cores=cores)
         if setup != self.setup:
             for worker in self.workers.values():
                 worker.close()

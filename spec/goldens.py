@@ -126,6 +126,16 @@ class Goldens:
             for output in case.outputs:
                 self.expected(case, output)
 
+    def copy_inputs(self, folder: Path) -> None:
+        """Write the manifest, and the files that hold inputs, to a folder: no expected tensor."""
+        folder.mkdir(parents=True, exist_ok=True)
+        named = {ref for case in self.cases for ref in (*case.inputs.values(), case.params or "")}
+        stems = {reference.partition(":")[0] for reference in named} & set(self.files)
+        for stem in sorted(stems):
+            (folder / f"{stem}.safetensors").write_bytes(self._path(stem).read_bytes())
+        manifest = "manifest.json"
+        (folder / manifest).write_bytes((self.folder / manifest).read_bytes())
+
     def holds(self, reference: str) -> bool:
         """Whether there is a tensor of this reference."""
         stem, _, key = reference.partition(":")

@@ -19,7 +19,7 @@ from conformance.process import KEPT, Impl, Setup, WorkerDied, WorkerProcess
 from conformance.reports import SCHEMA, explain, number, printable
 from conformance.runner import Plan, Suite
 from spec.config import load_config
-from spec.goldens import Goldens
+from spec.goldens import GOLDENS, GoldenError, Goldens
 
 HERE = Path(__file__).resolve().parent
 GOOD = """
@@ -579,3 +579,18 @@ def test_more_columns_at_a_time_than_cores_are_refused(goldens, place):
     done = conformance(goldens, "--jobs=1000", impl=[add(place, "good", GOOD)])
     assert done.exit_code == 2
     assert "--jobs 1000 is outside 1.." in done.output
+
+
+def test_workers_are_told_of_no_expected_value(place):
+    plan = plan_of(GOLDENS, "good")
+    with Suite(plan) as suite:
+        told = Goldens(suite.setup.goldens)
+        for case in told.cases:
+            for reference in case.inputs.values():
+                assert told.holds(reference) or told.tree(reference)
+            for output in case.outputs:
+                with pytest.raises(GoldenError, match="is missing"):
+                    told.expected(case, output)
+        suite.share_cores(2)
+        assert suite.setup.goldens == told.folder
+    assert not told.folder.exists()
