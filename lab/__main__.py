@@ -31,6 +31,19 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,  # plain help and errors, the same in a terminal and in a log
 )
+
+RunFolder = Annotated[Path, typer.Argument(help="Folder of a run, or a .safetensors file.")]
+ConfigName = Annotated[
+    str | None, typer.Option(help="A config's name or file; default: the folder's own.")
+]
+BackendModule = Annotated[
+    str | None,
+    typer.Option(
+        help=f"Such as impl_numpy; default: the first there is of {', '.join(q.BACKENDS)}."
+    ),
+]
+Seed = Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Of the noise.")]
+Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 console = Console(highlight=False, soft_wrap=True)
 
 
@@ -161,16 +174,9 @@ def measure(
 
 @app.command()
 def quality(
-    run: Annotated[Path, typer.Argument(help="Folder of a run, or a .safetensors file.")],
-    config: Annotated[
-        str | None, typer.Option(help="A config's name or file; default: the folder's own.")
-    ] = None,
-    backend: Annotated[
-        str | None,
-        typer.Option(
-            help=f"Such as impl_numpy; default: the first there is of {', '.join(q.BACKENDS)}."
-        ),
-    ] = None,
+    run: RunFolder,
+    config: ConfigName = None,
+    backend: BackendModule = None,
     guidance_scale: Annotated[
         list[float] | None,
         typer.Option(help="May be repeated; default 1, 1.25 and 1.5."),
@@ -185,8 +191,8 @@ def quality(
             help="Digits at each scale, for a quick look. Default: 359, as many as are held out."
         ),
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Of the noise.")] = 0,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    seed: Seed = 0,
+    device: Device = "auto",
     json: Annotated[
         Path | None,
         typer.Option(help="Report; the picture goes beside it. Default RUN/quality.json."),
@@ -265,19 +271,12 @@ def compare(
 
 @app.command()
 def solvers(
-    run: Annotated[Path, typer.Argument(help="Folder of a run, or a .safetensors file.")],
-    config: Annotated[
-        str | None, typer.Option(help="A config's name or file; default: the folder's own.")
-    ] = None,
-    backend: Annotated[
-        str | None,
-        typer.Option(
-            help=f"Such as impl_numpy; default: the first there is of {', '.join(q.BACKENDS)}."
-        ),
-    ] = None,
+    run: RunFolder,
+    config: ConfigName = None,
+    backend: BackendModule = None,
     count: Annotated[int, typer.Option(min=1, help="Images of each sampler.")] = 50,
-    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Of the noise.")] = 0,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    seed: Seed = 0,
+    device: Device = "auto",
     json: Annotated[
         Path | None,
         typer.Option(help="Report; the picture goes beside it. Default RUN/solvers.json."),
