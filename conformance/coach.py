@@ -87,7 +87,8 @@ def next_steps(column: Column) -> list[str]:
     first = task.first if task else None
     if task is None or first is None:  # all passed, or what is left has no tolerance here
         return []
-    clauses = " and ".join(f"{clause} ({titles()[clause]})" for clause in task.clauses)
+    asked = task.clauses if first.status == "not implemented" else [first.case.clause]
+    clauses = " and ".join(f"{clause} ({titles()[clause]})" for clause in asked)
     if first.status == "not implemented":
         lines = [
             f"write {task.method}, by {clauses} in spec/SPEC.md",

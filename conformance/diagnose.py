@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 SHARE = 0.01  # of the error may be left where a simple mistake is to explain it
 LISTED = 5  # tensors named in a list
+FLOAT32_ERRORS = (5e-9, 5e-6)  # relative: a rounding is at most 6e-8, and grows on its way
 
 
 def clues(
@@ -39,10 +40,23 @@ def clues(
         likeness = looks_like(got if whole else got.reshape(-1)[:: output.stride], golden, whole)
         if likeness:
             lines.append(f"{output.name} {likeness}")
+        elif whole and results[output.name].dtype == np.float64 and _rounded_once(got, golden):
+            lines.append(
+                "the error is of the size of float32's rounding: look for a number that is made in "
+                "float32, or a small constant such as epsilon"
+            )
     if case.call == "sample" and worst.problem == "tolerance":
         step = _first_step(worst, got, golden, output.stride)
         lines.append(f"the first step out of tolerance is {step} of {len(got)}")
     return lines
+
+
+def _rounded_once(got: np.ndarray, expected: np.ndarray) -> bool:
+    """Whether they differ by about as much as a rounding to float32 on the way makes."""
+    if got.shape != expected.shape or not expected.any():
+        return False
+    low, high = FLOAT32_ERRORS
+    return low < euclidean(got - expected) / euclidean(expected) < high
 
 
 def _first_step(finding: Finding, got: np.ndarray, golden: np.ndarray, stride: int) -> int:
@@ -137,7 +151,7 @@ def blame(result: "Result", column: Sequence["Result"]) -> tuple[str | None, lis
     """
     case = result.case
     if case.call == "run_block":
-        return case.options["name"], ["this block is wrong by itself: its input was golden"]
+        return case.options["name"], [_on_block(case, column)]
     bad = [finding for finding in result.findings if not finding.ok]
     if case.call == "taps":
         tap = first_tap(case, result.findings)
@@ -153,6 +167,15 @@ def blame(result: "Result", column: Sequence["Result"]) -> tuple[str | None, lis
     if case.call == "train_steps":
         return None, [*already, *_on_state(result.findings)]
     return None, already if case.call == "sample" else []
+
+
+def _on_block(case: Case, column: Sequence["Result"]) -> str:
+    if case.options["name"] == "emb":
+        for other in column:
+            inner = other.case.call == "run_block" and other.case.options["name"] == "time_proj"
+            if inner and other.case.config == case.config and other.status == "failed":
+                return "emb begins with time_proj, which is wrong: mend that first"
+    return "this block is wrong by itself: its input was golden"
 
 
 def _taps_of(case: Case, column: Sequence["Result"]) -> tuple[str | None, list[str]]:
@@ -175,7 +198,7 @@ def _on_tap(case: Case, block: str, column: Sequence["Result"]) -> str:
     ]
     alone = [other for other in named if other.case.config == case.config] or named
     if not alone:
-        return start + "it was not run alone in this run"
+        return start + "--level 2 in the same command says whether it is wrong by itself"
     if any(other.status == "not implemented" for other in alone):
         return start + "run_block is not implemented, so it cannot be told from its input"
     if any(not other.ok for other in alone):
@@ -190,7 +213,14 @@ def _on_gradients(case: Case, bad: Sequence[Finding]) -> tuple[str | None, list[
     grads = [finding for finding in bad if finding.output.startswith("grads/")]
     lines = []
     if any(finding.output == "loss" for finding in bad):
-        lines.append("the loss itself is wrong: look at the forward pass and the mean first")
+        mask = "the mask, the null label " if "drop" in case.inputs else ""
+        lines.append(
+            f"the loss itself is wrong: look at the forward pass, {mask}and the mean first"
+        )
+    elif grads:
+        lines.append(
+            "the loss is right: look at the backward pass, and for gradients left by a call before"
+        )
     if not grads:
         return None, lines
     held = parameter_blocks(case.config)
@@ -223,8 +253,22 @@ def _on_state(findings: Sequence[Finding]) -> list[str]:
     every = [finding for bad in wrong.values() for finding in bad]
     return [
         f"wrong: {', '.join(texts)}; right: {', '.join(right) or 'nothing'}",
+        *_on_update([name for name, bad in wrong.items() if bad]),
         f"worst: {_worst(every)}",
     ]
+
+
+def _on_update(wrong: Sequence[str]) -> list[str]:
+    """Where in an update to look: m and v are made first, delta of them, ema_delta of that (S9)."""
+    split = [name.partition(" ") for name in wrong if not name.startswith("loss")]
+    at = {name for name, _, record in split if record == split[0][2]}  # the first record alone
+    if at & {"m", "v"}:
+        return [
+            "m and v come first: look at the gradients they get, the clip, then their own lines"
+        ]
+    if "delta" in at:
+        return ["m and v are right: look at the rate, the bias corrections and epsilon"]
+    return ["all but the average is right: look at the EMA"] if "ema_delta" in at else []
 
 
 def _worst(findings: Sequence[Finding]) -> str:

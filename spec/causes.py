@@ -36,7 +36,7 @@ CALLS: dict[str, tuple[str, ...]] = {
         "t gathered along the wrong axis, or one t used for all rows",
     ),
     "ddim_step": (
-        "the end taken as alphas_cumprod[0] instead of 1",
+        "the end taken as alphas_cumprod[0], or as [-1], which is the last, instead of 1",
         "eta applied to the variance instead of to sigma, or sigma^2 left out of the eps term",
         "eps not derived again from the clipped x0",
         "t_prev taken as t-1",
@@ -60,6 +60,7 @@ CALLS: dict[str, tuple[str, ...]] = {
         "loss summed, or averaged over the batch only, instead of over all elements",
         "gradients not zeroed between calls",
         "dropout mask inverted, or drawn once for the batch",
+        "null class is 0 or K-1 instead of K",
         "a forward fault: see L3",
         "the mean or variance of GroupNorm taken as constant in the backward",
         "softmax differentiated over the wrong axis",
@@ -93,6 +94,7 @@ BLOCKS: dict[str, tuple[str, ...]] = {
         "t or the angles in low precision",
     ),
     "emb": (
+        "time_proj wrong: see its own case",
         "null class is 0 or K-1 instead of K",
         "SiLU missing between the two linears, or added after the second",
         "the label's embedding added before the linears",
@@ -103,7 +105,7 @@ BLOCKS: dict[str, tuple[str, ...]] = {
     ),
     "resnet": (
         "GroupNorm epsilon 1e-5 (torch's default) or 1e-3 (Keras') instead of 1e-6",
-        "one-pass variance (Flax's default), or an unbiased one",
+        "one-pass variance (Flax's default, torch's on channels_last memory), or an unbiased one",
         "groups interleaved instead of contiguous",
         "epsilon added outside the root",
         "SiLU missing before time_emb_proj",
@@ -115,10 +117,10 @@ BLOCKS: dict[str, tuple[str, ...]] = {
         "residual from the normalised input instead of the raw one",
         "H and W flattened in the wrong order",
         "GroupNorm epsilon 1e-5 (torch's default) or 1e-3 (Keras') instead of 1e-6",
-        "one-pass variance (Flax's default), or an unbiased one",
+        "one-pass variance (Flax's default, torch's on channels_last memory), or an unbiased one",
     ),
     "downsample": (
-        "padding (1, 1) instead of (0, 1): no zeros above and left, one row below and right",
+        "zeros on all four sides, padding (1, 1), instead of one row below and one column right",
         "kernel layout transposed, or kernel flipped",
     ),
     "upsample": (
@@ -128,7 +130,7 @@ BLOCKS: dict[str, tuple[str, ...]] = {
     ),
     "conv_out": (
         "GroupNorm epsilon 1e-5 (torch's default) or 1e-3 (Keras') instead of 1e-6",
-        "one-pass variance (Flax's default), or an unbiased one",
+        "one-pass variance (Flax's default, torch's on channels_last memory), or an unbiased one",
         "SiLU missing before the last convolution",
     ),
 }
@@ -147,6 +149,7 @@ DPMPP = (
 )
 GUIDED = (
     "guidance as label + s*(label - null), or applied after the clip",
+    "a scale of 0 taken for no guidance: it asks for the null label's output",
     "null class is 0 or K-1 instead of K",
     "a reused random key, or noise not advanced from step to step",
 )
@@ -161,6 +164,6 @@ def causes_of(call: str, options: dict, config: Config) -> tuple[str, ...]:
         guided = GUIDED if options.get("guidance_scale") is not None else ()
         return (*{"ddpm": DDPM, "ddim": DDIM, "dpmpp": DPMPP}[options["method"]], *guided)
     if call == "schedule":
-        kept = (0, 2, 3) if config.schedule == "cosine" else (0, 1, 3)
+        kept = (2, 0, 3) if config.schedule == "cosine" else (0, 1, 3)
         return tuple(SCHEDULE[i] for i in kept)
     return CALLS[call]

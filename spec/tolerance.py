@@ -98,14 +98,14 @@ def _exact(case: Case, name: str) -> dict[str, Any]:
         return {"abs": FLOAT64, "reason": "the true gradient is zero (S8)"}
     part = part_of(name)
     if part == "delta":
-        reason = "S8: an Adam step, float64"
+        reason = "float64, of an Adam step"
         return {"l2": FLOAT64, "max": FLOAT64_DELTA_MAX, "reason": reason}
     if part == "ema_delta":
-        reason = "S8: the EMA's small part of a step, float64"
+        reason = "float64, of the EMA's small part of a step"
         return {"l2": FLOAT64_EMA, "max": FLOAT64_EMA, "reason": reason}
     if norms_of(case, name) == ("each",):
         return {"each": FLOAT64_CURVE, "reason": "every loss of the curve, float64"}
-    return {"l2": FLOAT64, "reason": "S8: float64"}
+    return {"l2": FLOAT64, "reason": "float64: see Tolerances in SPEC.md"}
 
 
 def _measured(

@@ -444,7 +444,7 @@ def test_a_block_that_is_right_alone(goldens):
     results = by_id(SwappedSkips, goldens, "L2/*", "L3/*")
     taps = results["L3/tiny/taps"]
     assert taps.block == "up_blocks.0.resnets.1"
-    assert any("not run alone" in clue for clue in taps.clues)
+    assert any("--level 2 in the same command" in clue for clue in taps.clues)
 
 
 def test_what_stands_on_the_network_points_at_its_taps(goldens):
