@@ -1,12 +1,16 @@
-"""The example of a backend in a process of its own, which shares no line with this repository."""
+"""The examples: a backend in a process of its own, and scripts that the checker put right."""
 
 import ast
+import importlib.util
 import json
+import re
 import sys
 from pathlib import Path
 
+import pytest
 from typer.testing import CliRunner
 
+import conformance
 from conformance.__main__ import app
 from spec.goldens import Goldens
 
@@ -51,3 +55,73 @@ def test_a_fault_in_it_is_found(tmp_path):
     assert found["float32", "L1/tiny/q_sample"] == "failed"
     guided = {found[key] for key in found if "guide" in key[1]}
     assert guided == {"passed"}
+
+
+@pytest.fixture
+def paper_style(monkeypatch):
+    pytest.importorskip("torch")
+    monkeypatch.syspath_prepend(ROOT / "examples" / "paper_style")
+    return importlib.import_module("paper_style")
+
+
+@pytest.mark.parametrize("cases", ["L[0-3]/*", "L4/tiny/*", "L5/tiny/apply_[cs]*"])
+def test_the_script_of_the_tutorial_is_right(paper_style, cases):
+    results = list(conformance.check(paper_style, ["float64"], [cases]))
+    assert results
+    assert {r.case.id: r.message for r in results if not r.ok} == {}
+
+
+def test_its_samplers_are_right(paper_style):
+    cases = ["L6/tiny/ddim", "L6/tiny/ddim_guided_0", "L6/tiny/dpmpp", "L6/tiny_x0/ddpm_T2"]
+    results = list(conformance.check(paper_style, ["float64", "float32"], cases))
+    assert len(results) == 2 * len(cases)
+    assert {r.case.id: r.message for r in results if not r.ok} == {}
+
+
+# What the tutorial quotes of the checker's words, and one of its mistakes made again.
+@pytest.mark.parametrize(
+    ("right", "wrong", "case", "said"),
+    [
+        (".clamp(max=0.999)", "", "L0/tiny/nichol2021", "cosine betas not capped at 0.999"),
+        ("0, 1, 0, 1", "1, 0, 1, 0", "L2/tiny/down_blocks.0.downsamplers.0", "one column right"),
+        (
+            "i = torch.arange(half, dtype=torch.float64)",
+            "i = torch.arange(half)",
+            "L2/tiny/time_proj",
+            "of the size of float32's rounding",
+        ),
+        (
+            "self.d.optimizer.zero_grad()",
+            "pass",
+            "L4/tiny/loss_and_grads_again",
+            "gradients left by a call before",
+        ),
+        ("drop, self.c.num_classes", "drop, 0", "L4/tiny/loss_and_grads_dropped", "the null label"),
+        ("(self.step + 1) / c.warmup", "self.step / c.warmup", "L5/tiny/apply_small", "the rate"),
+        ("(1 + self.step) / (10", "1 or (10", "L5/tiny/apply_small", "look at the EMA"),
+        ("scale is None", "not scale", "L6/tiny/ddim_guided_0", "a scale of 0 taken for no"),
+    ],
+)
+def test_a_mistake_of_the_tutorial_is_named(paper_style, tmp_path, right, wrong, case, said):
+    text = Path(paper_style.__file__).read_text(encoding="utf-8")
+    assert text.count(right) >= 1
+    (tmp_path / "mistaken.py").write_text(text.replace(right, wrong), encoding="utf-8")
+    spec = importlib.util.spec_from_file_location("mistaken", tmp_path / "mistaken.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    # `_again` stands on the call before it, on the same model.
+    cases = [case, case.removesuffix("_again")]
+    results = conformance.check_backend(module, ["float64"], cases)
+    result = next(result for result in results if result.case.id == case)
+    assert result.status == "failed"
+    assert said in " ".join([*result.clues, *result.case.causes])
+
+
+def test_the_tutorial_says_how_many_mistakes_there_are():
+    text = (ROOT / "docs" / "tutorial.md").read_text(encoding="utf-8")
+    numbers = [
+        int(n) for group in re.findall(r"^\*\*([\d, ]+)\.", text, re.M) for n in group.split(",")
+    ]
+    assert numbers == list(range(1, 27))
+    assert "Twenty-six things were wrong" in text
+    assert "26 usual mistakes" in (ROOT / "README.md").read_text(encoding="utf-8")
