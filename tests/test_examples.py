@@ -125,3 +125,12 @@ def test_the_tutorial_says_how_many_mistakes_there_are():
     assert numbers == list(range(1, 27))
     assert "Twenty-six things were wrong" in text
     assert "26 usual mistakes" in (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_one_in_tinygrad_is_right(monkeypatch):
+    pytest.importorskip("tinygrad")
+    monkeypatch.syspath_prepend(ROOT / "examples" / "tinygrad_backend")
+    module = importlib.import_module("tinygrad_backend")
+    results = list(conformance.check(module, ["float64"], ["L[01]/*", "L2/tiny/mid_block.*"]))
+    assert results
+    assert {r.case.id: r.message for r in results if not r.ok} == {}
