@@ -1,4 +1,4 @@
-"""The jobs of this repository: `nox -s conformance`, `tests`, `lint` and `goldens`.
+"""The jobs of this repository: `nox -s conformance`, `tests`, `lint`, `goldens` and `mutants`.
 
 Each backend runs in an environment of its own, so that no two frameworks meet in one process.
 Environments stand in .nox/ and are kept until their requirement files change.
@@ -188,6 +188,18 @@ def goldens(session: nox.Session) -> None:
     """Make the goldens anew, in an environment of their own; `-- --check` compares instead."""
     python = environment(session, "goldens")
     session.run(python, "-m", "spec.generate", *session.posargs, external=True)
+
+
+@nox.session
+def mutants(session: nox.Session) -> None:
+    """See that the suite catches faults: `-- [--impl NAME] [--name GLOB] [--auto] [...]`.
+
+    All that stands behind `--` goes on to `python -m conformance mutants`.
+    """
+    for name in present_backends():
+        environment(session, f"{name}-cpu")  # each implementation runs in its own
+    python = environment(session, "base")
+    session.run(python, "-m", "conformance", "mutants", *session.posargs, external=True)
 
 
 @nox.session

@@ -1,4 +1,4 @@
-"""The command line: `python -m conformance run`, `new`, `parity`, `samples`, `lines`."""
+"""The command line: `python -m conformance run`, `new`, `parity`, `samples`, `lines`, `mutants`."""
 
 import errno
 import signal
@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 
 from conformance import bench, coach, lines, parity, samples, show, starter
+from conformance.mutants.command import mutants
 from conformance.process import (
     ROOT,
     CannotStart,
@@ -44,6 +45,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Checks implementations against the goldens of the spec, and times them.",
 )
+
+app.command("mutants")(mutants)
 
 DEVICES = ("cpu", "cuda", "auto")
 Impls = Annotated[

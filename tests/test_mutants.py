@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import os
 import sys
 
 import pytest
@@ -9,19 +10,30 @@ import pytest
 from conformance.mutants import (
     Mutant,
     MutantError,
+    auto,
     fit_of_copy,
     golden_cases,
     load_mutants,
     mutated,
+    report,
     run_copy,
     try_mutant,
 )
-from conformance.mutants.engine import FIT, IMPLS, copied
+from conformance.mutants.command import rows_of
+from conformance.mutants.engine import FIT, IMPLS, SLOW, cases_for, copied
+from conformance.process import ROOT
 from spec.goldens import Goldens
 
-MUTANTS = [mutant for impl in IMPLS for mutant in load_mutants(impl)]
+ALL = [mutant for impl in IMPLS for mutant in load_mutants(impl)]
+MUTANTS = [mutant for mutant in ALL if mutant.impl not in SLOW]
 CLAUSES = {f"S{number}" for number in (*range(1, 11), 13)}
-LEAST = 60  # over all implementations
+LEAST = 80  # over all implementations
+QUICK = (
+    "S1",
+    "S2",
+    "S7",
+)  # of the slow ones, the first of each of these is tried; nox has the rest
+PAGE = ROOT / "docs" / "mutants.md"
 
 
 @functools.cache
@@ -72,16 +84,152 @@ def test_the_fault_is_caught_where_it_is(mutant):
     assert verdict.margin > 1
 
 
+@pytest.mark.parametrize("impl", SLOW)
+def test_faults_in_a_slow_framework_are_caught_where_they_are(impl):
+    pytest.importorskip({"tf": "tensorflow", "jax": "jax"}[impl])
+    every = [mutant for mutant in load_mutants(impl) if mutant.dtype == "float64"]
+    names = [next(m.name for m in every if m.clause == clause) for clause in QUICK]
+    rows = list(rows_of({"impl": impl, "dtype": "float64", "names": names}))
+    assert sorted(row["name"] for row in rows) == sorted(names)
+    assert not [row["problem"] for row in rows if row["problem"]]
+
+
 def test_there_are_many_and_every_clause_that_is_checked_has_some():
-    sure = [mutant for mutant in MUTANTS if not mutant.pending]
+    sure = [mutant for mutant in ALL if not mutant.pending]
     assert len(sure) >= LEAST
-    for impl in IMPLS:
+    for impl in set(IMPLS) - set(SLOW):
         assert {mutant.clause for mutant in sure if mutant.impl == impl} >= CLAUSES
+    for impl in SLOW:
+        assert {mutant.clause for mutant in sure if mutant.impl == impl} >= set(QUICK)
     assert {mutant.dtype for mutant in sure} == {"float64", "float32"}
 
 
 def test_faults_are_told_in_sentences():
-    assert not [mutant.name for mutant in MUTANTS if not mutant.fault.endswith(".")]
+    assert not [mutant.name for mutant in ALL if not mutant.fault.endswith(".")]
+
+
+def test_every_fault_fits_its_implementation_and_has_its_cause_and_its_cases():
+    for mutant in ALL:
+        source = (ROOT / f"impl_{mutant.impl}" / mutant.file).read_text(encoding="utf-8")
+        compile(mutated(source, mutant), mutant.file, "exec")
+        assert mutant.cause, mutant.name
+    some = {(m.impl, m.clause, m.dtype, m.cases): m for m in ALL if m.clause != FIT}
+    for mutant in some.values():
+        clauses = {case.clause for case in cases_for(mutant, goldens(), mutant.dtype)}
+        assert mutant.clause in clauses, mutant.name
+
+
+def test_the_page_tells_of_every_fault_and_of_no_survivor():
+    text = PAGE.read_text(encoding="utf-8")
+    missing = [mutant.name for mutant in ALL if f"`{mutant.name}`: " not in text]
+    assert not missing, "write the page anew: nox -s mutants -- --page docs/mutants.md"
+    assert f" {len(ALL)} |" in text
+    assert " ! |" not in text
+
+
+# --- automatic mutants -------------------------------------------------------------------------
+
+
+def changes(source: str) -> set[str]:
+    """The mutated first lines of a source."""
+    return {mutant.new for mutant in auto.mutations(source)}
+
+
+@pytest.mark.parametrize(
+    ("source", "expected"),
+    [
+        ("a + b", {"a - b"}),
+        ("a ** b", {"a * b"}),
+        ("x += y", {"x -= y"}),
+        ("(a) / (b)", {"(a) * (b)"}),
+        ("a < b", {"a <= b", "a >= b"}),
+        ("a is not None", {"a is None"}),
+        ("not a", {"a"}),
+        ("f(-b)", {"f(b)"}),
+        ("a if b else c", {"a if not (b) else c"}),
+        ("f(0, True)", {"f(1, True)", "f(0, False)"}),
+        ("f(0.5)", {"f(1.5)", "f(1.0)"}),
+        ("a[t]", {"a[t + 1]"}),
+        ("a['key']", set()),
+        ("f'{a + 1}'", set()),
+        ("'ü', a + b", {"'ü', a - b"}),
+    ],
+)
+def test_what_is_mutated(source, expected):
+    assert changes(source) == expected
+
+
+def test_equivalents_are_there_and_have_reasons():
+    mutants = [mutant for impl in auto.IMPLS for mutant in auto.mutants_of(impl)]
+    known = auto.load_equivalents()
+    assert not auto.stale(known, mutants)
+    assert all(one.reason.endswith(".") for one in known)
+    gone = dataclasses.replace(known[0], old="no such line")
+    assert auto.stale([gone], mutants)
+
+
+def test_a_wrong_equivalent_is_refused(tmp_path):
+    path = tmp_path / "equivalent.toml"
+    path.write_text("[[equivalent]]\nimpls = ['numpy']", encoding="utf-8")
+    with pytest.raises(MutantError, match=r"every .*needs impls, file, function"):
+        auto.load_equivalents(path)
+
+
+def test_a_sample_of_automatic_mutants_is_killed_or_known():
+    verdicts = list(auto.run_auto("numpy", goldens(), every=53))
+    assert len(verdicts) == -(-len(auto.mutants_of("numpy")) // 53)
+    assert not [v.mutant.name for v in verdicts if v.by is None and v.reason is None]
+    assert len({v.by for v in verdicts}) > 3
+
+
+def test_a_mutant_that_hangs_or_dies_is_told():
+    def hang():
+        while True:
+            pass
+
+    assert auto.forked(hang, 1) == auto.HANGS
+    assert auto.forked(lambda: os._exit(3), 5) == "the process died"
+    assert auto.forked(lambda: "done", 5) == "done"
+    with pytest.raises(MutantError, match="ZeroDivisionError"):
+        auto.forked(lambda: 1 / 0, 5)
+
+
+# --- the report --------------------------------------------------------------------------------
+
+
+def a_row(**changes) -> dict:
+    row = {
+        "impl": "numpy",
+        "name": "made-up",
+        "fault": "It is made up.",
+        "expected": {"clause": "S2", "block": None, "cause": "swapped"},
+        "pending": None,
+        "dtype": "float64",
+        "mode": "eager",
+        "killed": True,
+        "case": "L1/tiny/q_sample",
+        "clause": "S2",
+        "block": None,
+        "margin": 12345.0,
+        "cause_named": True,
+        "problem": None,
+    }
+    return {**row, **changes}
+
+
+def test_figures_count_what_was_asked():
+    lost = a_row(killed=False, clause="", margin=None, cause_named=False, problem="survived")
+    found = report.figures([a_row(), a_row(margin=float("inf"), clause="S3"), lost])
+    assert (found["mutants"], found["killed"], found["right_clause"]) == (3, 2, 1)
+    assert (found["with_cause"], found["right_cause"]) == (3, 2)
+    assert found["smallest_margin"] == 12345.0
+
+
+def test_the_page_marks_a_survivor():
+    lost = a_row(impl="torch", killed=False, clause="", margin=None, problem="survived")
+    text = report.page([a_row(), lost], [])
+    assert "| `made-up`: It is made up. | 1.2e4 |  ! |" in text
+    assert "| killed | 1 of 1 (100.0 %) | 0 of 1 (0.0 %) | 1 of 2 (50.0 %) |" in text
 
 
 def test_cases_run_by_level_and_are_the_tiny_ones():
