@@ -327,15 +327,16 @@ def test_a_wrong_entry_is_named(tmp_path, monkeypatch, text, message):
         load_mutants("numpy")
 
 
-def test_the_command_tells_and_fails():
+def test_the_command_tells_and_fails(tmp_path):
     from typer.testing import CliRunner
 
     from conformance.mutants.__main__ import app
 
     run = functools.partial(CliRunner().invoke, app)
-    caught = run(["--impl", "numpy", "--name", "q-sample-*"])
+    caught = run(["--impl", "numpy", "--name", "q-sample-*", "--reports", str(tmp_path)])
     assert caught.exit_code == 0, caught.output
     assert "L1/tiny/q_sample (S2)" in caught.output
     assert "smallest margins" in caught.output
+    assert "`q-sample-in-place`" in (tmp_path / "mutants.md").read_text(encoding="utf-8")
     assert run(["--impl", "cobol"]).exit_code == 2
     assert run(["--name", "no-such-*"]).exit_code == 2
