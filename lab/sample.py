@@ -8,7 +8,7 @@ import numpy as np
 
 from lab.pictures import grid
 from spec.config import Config
-from spec.noise import PURPOSES, normals
+from spec.noise import normals
 
 DDIM_STEPS = 50
 BATCH = 256  # images drawn at once, at most
@@ -44,34 +44,17 @@ def parse_labels(text: str | None, config: Config) -> list[int]:
         raise ValueError(f"--labels {text!r} is not a list such as 0,1,2") from error
 
 
-def normals_between(seed: int, purpose: str, step: int, first: int, last: int) -> np.ndarray:
-    """Normals first..last-1 of the shared stream's, [last - first] float64 (S10).
-
-    A counter-based generator starts anywhere: nothing before `first` is drawn. Normals 2k and
-    2k+1 come from words 2k and 2k+1, and a counter gives four words.
-    """
-    block = first // 4
-    counter = np.array([block, 0, step, 0], np.uint64)
-    key = np.array([seed, PURPOSES.index(purpose)], np.uint64)
-    raw = np.random.Philox(counter=counter, key=key).random_raw(-(-last // 4) * 4 - 4 * block)
-    pairs = (((raw >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53).reshape(-1, 2)
-    radius, angle = np.sqrt(-2.0 * np.log(pairs[:, 0])), 2.0 * np.pi * pairs[:, 1]
-    both = np.stack([radius * np.cos(angle), radius * np.sin(angle)], axis=1).reshape(-1)
-    return both[first - 4 * block : last - 4 * block]
-
-
 def batch_noise(
     config: Config, plan: Plan, first: int, rows: int
 ) -> tuple[np.ndarray, np.ndarray | None]:
     """x_T [rows, H, W, C] and z [steps, rows, H, W, C] or None, float32, of images first, ..."""
     size, shape = math.prod(config.image_shape), (rows, *config.image_shape)
-    ends = first * size, (first + rows) * size
-    x = normals_between(plan.seed, "x_T", 0, *ends).astype(np.float32).reshape(shape)
+    x = normals(plan.seed, "x_T", 0, shape, first * size).astype(np.float32)
     if not plan.noisy:
         return x, None
     z = np.empty((plan.steps, *shape), np.float32)
     for i in range(plan.steps):
-        z[i] = normals_between(plan.seed, "z", i, *ends).reshape(shape)
+        z[i] = normals(plan.seed, "z", i, shape, first * size)
     return x, z
 
 

@@ -19,8 +19,10 @@ class Draws(NamedTuple):
     drop: np.ndarray  # [B] bool, where the label becomes null
 
 
-def words(seed: int, purpose: str, step: int, count: int) -> np.ndarray:
+def words(seed: int, purpose: str, step: int, count: int, first: int = 0) -> np.ndarray:
     """`count` raw 64-bit words of Philox4x64-10: key (seed, purpose), counter (0, 0, step, 0).
+
+    They begin with word `first`: a counter, which gives four words, starts anywhere.
 
     Raises ValueError for an unknown purpose, or a seed or step outside 0..2^64-1.
     """
@@ -30,29 +32,35 @@ def words(seed: int, purpose: str, step: int, count: int) -> np.ndarray:
         if not 0 <= value < 2**64:
             raise ValueError(f"{name} = {value} is outside 0..2^64-1; choose one inside")
     key = np.array([seed, PURPOSES.index(purpose)], np.uint64)
-    counter = np.array([0, 0, step, 0], np.uint64)
-    return np.random.Philox(counter=counter, key=key).random_raw(count)
+    counter, skipped = np.array([first // 4, 0, step, 0], np.uint64), first % 4
+    return np.random.Philox(counter=counter, key=key).random_raw(skipped + count)[skipped:]
 
 
-def uniforms(seed: int, purpose: str, step: int, shape: tuple[int, ...]) -> np.ndarray:
+def uniforms(
+    seed: int, purpose: str, step: int, shape: tuple[int, ...], first: int = 0
+) -> np.ndarray:
     """Uniforms in (0, 1], float64, in C order of `shape`: ((word >> 11) + 0.5) * 2^-53.
 
     Never 0, so that a logarithm is safe; 1 where the sum rounds up, once in 2^53 words.
     """
-    raw = words(seed, purpose, step, math.prod(shape))
+    raw = words(seed, purpose, step, math.prod(shape), first)
     return (((raw >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53).reshape(shape)
 
 
-def normals(seed: int, purpose: str, step: int, shape: tuple[int, ...]) -> np.ndarray:
+def normals(
+    seed: int, purpose: str, step: int, shape: tuple[int, ...], first: int = 0
+) -> np.ndarray:
     """Standard normals, float64, in C order of `shape`, by Box-Muller: cosine, sine, cosine, ...
+
+    They begin with normal `first` of the stream; none before it is drawn but its pair's cosine.
 
     Source: Box & Muller 1958. Values may differ in the last bit between mathematics libraries.
     """
-    count = math.prod(shape)
-    pairs = uniforms(seed, purpose, step, ((count + 1) // 2, 2))
+    count, skipped = math.prod(shape), first % 2
+    pairs = uniforms(seed, purpose, step, ((skipped + count + 1) // 2, 2), first - skipped)
     radius, angle = np.sqrt(-2.0 * np.log(pairs[:, 0])), 2.0 * np.pi * pairs[:, 1]
     both = np.stack([radius * np.cos(angle), radius * np.sin(angle)], axis=1)
-    return both.reshape(-1)[:count].reshape(shape)
+    return both.reshape(-1)[skipped : skipped + count].reshape(shape)
 
 
 def integers(seed: int, purpose: str, step: int, shape: tuple[int, ...], high: int) -> np.ndarray:
