@@ -101,9 +101,7 @@ def _plan(
     goldens = Goldens(folder.absolute())
     cases = select(goldens, levels, globs)
     goldens.verify()
-    if (
-        not asked
-    ):  # goldens of somebody's own may have no tolerance for a column that may be lacking
+    if not asked:  # goldens of one's own may have no tolerance for a column that may be lacking
         dtypes = [d for d in dtypes if d not in optional or in_column(cases, d)]
     for dtype in dtypes:
         if not in_column(cases, dtype):

@@ -68,14 +68,19 @@ class Task:
         return bad[0] if bad else None
 
 
+def method_of(case: Case) -> str:
+    """The method of the protocol that the case's call needs."""
+    return METHODS.get(case.call, case.call)
+
+
 def tasks(column: Column) -> list[Task]:
     """The methods of a column, level by level, in the order of the protocol."""
     groups: dict[tuple[int, str], Task] = {}
     for case in [*column.selected, *column.left_out]:
-        method = METHODS.get(case.call, case.call)
+        method = method_of(case)
         groups.setdefault((case.level, method), Task(case.level, method, [], 0)).total += 1
     for result in column.results:
-        method = METHODS.get(result.case.call, result.case.call)
+        method = method_of(result.case)
         groups[result.case.level, method].results.append(result)
     order = [name for name in vars(Model) if not name.startswith("_")]
     return sorted(groups.values(), key=lambda task: (task.level, order.index(task.method)))

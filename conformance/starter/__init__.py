@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
-from conformance.coach import ALSO, LEVELS, METHODS
+from conformance.coach import ALSO, LEVELS, method_of
 from conformance.process import ROOT
 from conformance.reports import write
 from conformance.runner import UsageError
@@ -70,7 +70,7 @@ def level_of(cases: Sequence[Case]) -> dict[str, int]:
     """Method -> the first level that asks for it, in the order of the protocol."""
     found: dict[str, int] = {}
     for case in cases:
-        method = METHODS.get(case.call, case.call)
+        method = method_of(case)
         found[method] = min(case.level, found.get(method, case.level))
     for method, others in ALSO.items():
         for other in others.split(", "):
@@ -106,7 +106,7 @@ def levels_table(cases: Sequence[Case]) -> str:
     lines = ["| level | what it asks for | clauses | points |", "| --- | --- | --- | --- |"]
     for level in sorted({case.level for case in cases}):
         chosen = [case for case in cases if case.level == level]
-        calls = dict.fromkeys(METHODS.get(case.call, case.call) for case in chosen)
+        calls = dict.fromkeys(method_of(case) for case in chosen)
         names = [name for name in _protocol() if name in calls]
         clauses = sorted({case.clause for case in chosen}, key=lambda clause: int(clause[1:]))
         texts = [f"L{level} {LEVELS[level]}", ", ".join(f"`{name}`" for name in names)]
