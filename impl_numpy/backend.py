@@ -33,7 +33,8 @@ class NumpyModel:
     def __init__(self, config: Config, params, seed: int, dtype: str) -> None:
         self.config, self.seed, self.dtype = config, seed, np.dtype(dtype)
         self.tables = make_schedule(config)
-        model = unet.UNet(config, {key: np.array(value, dtype) for key, value in params.items()})
+        model = unet.UNet(config, self.dtype)
+        load_params(model, params)
         self._state = train.init_state(model)
 
     @property

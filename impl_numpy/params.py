@@ -1,16 +1,25 @@
-"""Canonical names <-> native parameters: for NumPy they are the same dict, in arrays of its own."""
+"""Canonical names <-> native parameters: NumPy keeps convolutions as HWIO, ready for a product."""
 
 import numpy as np
 
 
 def to_tree(model, params):
-    """Arrays by canonical name -> the same in the model's dtype, copied."""
-    return {name: np.array(value, model.time_table.dtype) for name, value in params.items()}
+    """Arrays by canonical name -> native arrays by that name in the model's dtype, copied."""
+    dtype, tree = model.time_table.dtype, {}
+    for name, value in params.items():
+        value = np.asarray(value)
+        value = value.transpose(2, 3, 1, 0) if value.ndim == 4 else value
+        tree[name] = np.array(value, dtype, order="C")
+    return tree
 
 
 def from_tree(tree):
-    """Native arrays -> arrays by canonical name, copied."""
-    return {name: np.array(value, order="C") for name, value in tree.items()}
+    """Native arrays by canonical name -> canonical arrays by that name, copied."""
+    params = {}
+    for name, value in tree.items():
+        value = value.transpose(3, 2, 0, 1) if value.ndim == 4 else value
+        params[name] = np.array(value, order="C")
+    return params
 
 
 def load_params(model, params):

@@ -63,8 +63,10 @@ def adam_update(params, grads, m, v, lr, step):
     """One step of Adam on params, m and v in place; step counts from 0."""
     correct1, correct2 = 1 - BETA1 ** (step + 1), 1 - BETA2 ** (step + 1)  # S9
     for name, g in grads.items():
-        m[name] = BETA1 * m[name] + (1 - BETA1) * g
-        v[name] = BETA2 * v[name] + (1 - BETA2) * g * g
+        m[name] *= BETA1
+        m[name] += (1 - BETA1) * g
+        v[name] *= BETA2
+        v[name] += (1 - BETA2) * g * g
         params[name] -= lr * (m[name] / correct1) / (np.sqrt(v[name] / correct2) + EPS)
 
 
@@ -72,7 +74,8 @@ def ema_update(ema, params, ema_decay, step):
     """Move the EMA towards params in place; the decay grows with the step."""
     decay = min(ema_decay, (1 + step) / (10 + step))  # S9
     for name, p in params.items():
-        ema[name] = decay * ema[name] + (1 - decay) * p
+        ema[name] *= decay
+        ema[name] += (1 - decay) * p
 
 
 def apply_gradients(state, config, grads):

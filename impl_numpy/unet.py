@@ -117,11 +117,10 @@ def join_skip(h, skips):
 
 
 class UNet:
-    """The network with its parameters under canonical names."""
+    """The network; its parameters, under canonical names, wait for load_params."""
 
-    def __init__(self, config, params):
-        self.config, self.params = config, params
-        dtype = params["conv_in.weight"].dtype
+    def __init__(self, config, dtype):
+        self.config, self.params = config, {}
         self.time_table = time_table(config.timesteps, config.channels[0]).astype(dtype)
 
     def __call__(self, x, t, labels=None, tap=no_tap):
