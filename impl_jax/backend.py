@@ -14,7 +14,7 @@ from flax import nnx
 from impl_jax import diffusion, train, unet
 from impl_jax.params import from_tree, load_params, read_params, to_tree
 from impl_jax.schedule import make_schedule
-from spec.backend import ARRAY_DTYPES, Checked, check_open
+from spec.backend import ARRAY_DTYPES, Checked, check_open, keep_freed_memory
 from spec.config import Config
 from spec.noise import training_draws
 from spec.params import blocks, find_block, initial_params
@@ -28,6 +28,7 @@ CACHE = Path(__file__).parent.parent / ".jax_cache"  # compiled functions, kept 
 def open(config: Config, params=None, *, seed=0, dtype="float32", device="auto", mode="compiled"):
     """A Model with these parameters, or those that the seed gives; eager: op by op, without jit."""
     params = check_open(config, params, dtype, device, mode, dtypes)
+    keep_freed_memory()
     if dtype == "float64":
         jax.config.update("jax_enable_x64", True)
     # float32 means float32: products would use TF32 on a GPU by default

@@ -8,7 +8,7 @@ from impl_numpy import diffusion, train, unet
 from impl_numpy.layers import conv
 from impl_numpy.params import from_tree, load_params, read_params, to_tree
 from impl_numpy.schedule import make_schedule
-from spec.backend import Checked, check_open
+from spec.backend import Checked, check_open, keep_freed_memory
 from spec.config import Config
 from spec.noise import training_draws
 from spec.params import find_block, initial_params
@@ -21,6 +21,7 @@ modes = ("eager",)
 def open(config: Config, params=None, *, seed=0, dtype="float32", device="auto", mode="compiled"):
     """A Model with these parameters, or those that the seed gives; NumPy knows one mode, eager."""
     params = check_open(config, params, dtype, device, mode, dtypes)
+    keep_freed_memory()
     if device == "cuda":
         raise ValueError("device = 'cuda': NumPy runs on the CPU; use device='cpu' or 'auto'")
     params = initial_params(config, seed) if params is None else params

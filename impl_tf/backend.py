@@ -12,7 +12,7 @@ import tensorflow as tf
 from impl_tf import diffusion, train, unet
 from impl_tf.params import from_tree, load_params, read_params, to_tree
 from impl_tf.schedule import make_schedule
-from spec.backend import ARRAY_DTYPES, Checked, check_open
+from spec.backend import ARRAY_DTYPES, Checked, check_open, keep_freed_memory
 from spec.config import Config
 from spec.noise import training_draws
 from spec.params import find_block, initial_params
@@ -25,6 +25,7 @@ modes = ("compiled", "eager")
 def open(config: Config, params=None, *, seed=0, dtype="float32", device="auto", mode="compiled"):
     """A Model with these parameters, or those that the seed gives; compiled: tf.function."""
     params = check_open(config, params, dtype, device, mode, dtypes)
+    keep_freed_memory()
     gpus = tf.config.list_logical_devices("GPU")
     if device == "cuda" and not gpus:
         raise ValueError("device = 'cuda': TensorFlow sees no GPU here; use device='cpu' or 'auto'")

@@ -6,7 +6,7 @@ import torch
 from impl_torch import diffusion, train, unet
 from impl_torch.params import from_tree, load_params, read_params, to_tree
 from impl_torch.schedule import make_schedule
-from spec.backend import ARRAY_DTYPES, Checked, check_open
+from spec.backend import ARRAY_DTYPES, Checked, check_open, keep_freed_memory
 from spec.config import Config
 from spec.noise import training_draws
 from spec.params import find_block, initial_params
@@ -19,6 +19,7 @@ modes = ("eager", "compiled")
 def open(config: Config, params=None, *, seed=0, dtype="float32", device="auto", mode="compiled"):
     """A Model with these parameters, or those that the seed gives; compiled: torch.compile."""
     params = check_open(config, params, dtype, device, mode, dtypes)
+    keep_freed_memory()
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda" and not torch.cuda.is_available():
