@@ -177,9 +177,12 @@ def golden_cases(inputs: Inputs) -> list[Case]:
     for name in params:
         cases += _step_cases(inputs, name)
     cases += _layer_cases(inputs, params["tiny"])
-    for name, tree in params.items():
+    # Of this one the network alone is asked: only its plan differs, blocks and steps do not.
+    deep = golden_params(load_config("tiny_deep"), "tiny_deep")
+    networks = params | {"tiny_deep": inputs.put_tree("tiny_deep", "params", deep)}
+    for name, tree in networks.items():
         cases += _network_cases(inputs, name, tree)
-    for name, tree in params.items():
+    for name, tree in networks.items():
         cases += _gradient_cases(inputs, name, tree)
     cases += _update_cases(inputs, params["tiny"])
     cases += _trajectory_cases(inputs, params)

@@ -40,6 +40,14 @@ def test_every_call_level_and_config_has_cases():
     levels = Counter((case.level, case.config.name) for case in ALL.cases)
     for name in ("tiny", "tiny_uncond", "tiny_v", "tiny_x0"):
         assert all(levels[level, name] for level in (1, 3, 4, 6))
+    assert levels[3, "tiny_deep"]
+    assert levels[4, "tiny_deep"]
+
+
+def test_networks_of_one_and_of_several_layers_a_block_are_asked():
+    asked = {case.config.layers_per_block for case in ALL.cases if case.call == "loss_and_grads"}
+    assert min(asked) == 1
+    assert max(asked) > 1
 
 
 def test_every_block_of_tiny_runs_alone():

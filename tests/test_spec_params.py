@@ -27,7 +27,7 @@ def test_the_counts_are_those_of_the_published_models():
     assert parameter_count(load_config("digits")) == 702_753
 
 
-@pytest.mark.parametrize("name", ["tiny", "tiny_uncond", "digits", "fashion_mnist"])
+@pytest.mark.parametrize("name", ["tiny", "tiny_uncond", "tiny_deep", "digits", "fashion_mnist"])
 def test_names_shapes_and_blocks_are_those_of_diffusers(name):
     pytest.importorskip("diffusers")
     from spec.oracle import UNet2DModel, unet_arguments

@@ -53,7 +53,7 @@ def test_the_reference_meets_every_golden(case):
             assert NORMS[norm](got - expected, expected) <= limit, (output.name, norm)
 
 
-@pytest.mark.parametrize("name", ["tiny", "tiny_uncond", "tiny_v", "tiny_x0"])
+@pytest.mark.parametrize("name", ["tiny", "tiny_uncond", "tiny_v", "tiny_x0", "tiny_deep"])
 def test_losses_meet_their_goldens(name):
     (case,) = [case for case in GOLDENS.cases if case.id == f"L4/{name}/loss_and_grads"]
     inputs, params = arguments(case)
