@@ -297,6 +297,7 @@ def samples_command(
     """Sample one digit of each class in every backend, and draw and compare them."""
     watch = show.Watch(show.console())
     try:
+        check_place("--reports", reports, is_folder=True)
         plan = _plan(impl, [bench.DTYPE], device, mode, [], [], threads, timeout, goldens)
         plan.setup = Setup(**{**vars(plan.setup), "probe": load_config("digits")})
         with Suite(plan) as suite:
@@ -351,6 +352,7 @@ def parity_command(
     try:
         chosen = load_config(config)
         jobs = check_jobs(jobs)
+        check_place("--reports", reports, is_folder=True)
         impls = impl or [f"{name}={interpreter(name, device)}" for name in shipped()]
         plan = _plan(impls, dtype, device, mode, [], [], threads, timeout, goldens)
         if batch_size is None:

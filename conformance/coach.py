@@ -30,6 +30,7 @@ LEVELS = {
 METHODS = {"train_steps": "train_step", "train_run": "train_step"}
 # What the suite asks for beside the method: a training state that can be read and set.
 ALSO = {"apply_gradients": "state, load_state", "train_step": "state, load_state"}
+CAUSES = 4  # of a failure that are named in what to do next
 DONE, WRONG, TO_WRITE = "done", "wrong", "to write"
 
 
@@ -108,8 +109,10 @@ def next_steps(column: Column) -> list[str]:
     lines += [first.message] if first.message else []
     lines += [f"look at block {first.block}"] if first.block else []
     lines += [f"clue: {clue}" for clue in first.clues[:2]]
-    causes = first.case.causes[:2] if first.status == "failed" else ()
-    return lines + [f"likely cause: {cause}" for cause in causes]
+    lines += [f"likely cause: {cause}" for cause in first.causes[:CAUSES]]
+    if (more := len(first.causes) - CAUSES) > 0:
+        lines.append(f"{more} causes more, less likely: conformance.md in the folder of reports")
+    return lines
 
 
 def lessons(columns: Sequence[Column]) -> list[Column]:

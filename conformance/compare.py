@@ -193,8 +193,33 @@ def compare(case: Case, output: Output, dtype: str, expected: np.ndarray, got: o
     )
     if all(measure.ok for measure in measures):
         return finding
-    text = f"{output.name} is out of tolerance: {finding.ratio:.3g} times what is allowed"
-    return dataclasses.replace(finding, problem="tolerance", text=text)
+    return dataclasses.replace(finding, problem="tolerance", text=_too_far(finding))
+
+
+def hidden(finding: Finding) -> Finding:
+    """The finding without an element of the golden, or anything that gives one away.
+
+    An error stands in one digit, and no longer beside the element that it is of.
+    """
+    measures = tuple(
+        dataclasses.replace(m, error=_one_digit(m.error, up=not m.ok)) for m in finding.measures
+    )
+    got = None if finding.got is not None and math.isfinite(finding.got) else finding.got
+    bare = dataclasses.replace(finding, measures=measures, got=got, expected=None)
+    return dataclasses.replace(bare, text=_too_far(bare)) if bare.problem == "tolerance" else bare
+
+
+def _one_digit(error: float, up: bool) -> float:
+    """The error in one digit, rounded so that what failed still fails, and what passed passes."""
+    if error == 0 or not math.isfinite(error):
+        return error
+    mantissa, _, exponent = f"{error:.16e}".partition("e")
+    digit = math.ceil(float(mantissa)) if up else math.floor(float(mantissa))
+    return float(f"{digit}e{exponent}")
+
+
+def _too_far(finding: Finding) -> str:
+    return f"{finding.output} is out of tolerance: {finding.ratio:.3g} times what is allowed"
 
 
 def _no_nan(error: float) -> float:

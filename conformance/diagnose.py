@@ -17,6 +17,55 @@ if TYPE_CHECKING:
 SHARE = 0.01  # of the error may be left where a simple mistake is to explain it
 LISTED = 5  # tensors named in a list
 FLOAT32_ERRORS = (5e-9, 5e-6)  # relative: a rounding is at most 6e-8, and grows on its way
+ROUNDED = (
+    "the error is of the size of float32's rounding: look for a number that is made in float32, or "
+    "a small constant such as epsilon"
+)
+# Table of S1 -> the tables that are made from it.
+_POSTERIOR = ("posterior_variance", "posterior_mean_coef1", "posterior_mean_coef2")
+_OF_CUMPROD = (
+    "alphas_cumprod_prev",
+    "sqrt_alphas_cumprod",
+    "sqrt_one_minus_alphas_cumprod",
+    "sqrt_recip_alphas_cumprod",
+    "sqrt_recipm1_alphas_cumprod",
+    *_POSTERIOR,
+)
+MADE_FROM = {
+    "betas": ("alphas", "alphas_cumprod", *_OF_CUMPROD),
+    "alphas": ("alphas_cumprod", *_OF_CUMPROD),
+    "alphas_cumprod": _OF_CUMPROD,
+    "alphas_cumprod_prev": _POSTERIOR,
+}
+# What a case's name tells of its causes: those that hold these words come first. The rest of the
+# list keeps its order, most frequent first.
+BY_NAME = (
+    ("_mean_100", ("one-pass variance",)),
+    ("_sigma_0.01", ("epsilon 1e-5", "epsilon added outside", "an unbiased one")),
+    ("_again", ("not zeroed between calls",)),
+    ("_dropped", ("dropout mask", "null class")),
+    ("ddpm_step_large", ("noise added at t=0", "variance small and large")),
+    ("ddpm_step_small", ("variance small and large",)),
+    ("_unclipped", ("although the config turns it off",)),
+    ("_clipped", ("clip missing", "clipped x0")),
+    ("ddim_step_eta0", ("the end taken as", "eps not derived")),
+    ("apply_clipped", ("clip by",)),
+    ("apply_small", ("warm-up", "EMA before the update")),
+    ("apply_late", ("step counted from 0", "not carried over")),
+    ("apply_sequence", ("not carried over", "frozen")),
+    ("guided_0", ("a scale of 0", "a guidance scale of 0")),
+)
+# The same by the first table that is wrong.
+BY_TABLE = {
+    "betas": ("endpoint", "not capped"),
+    "alphas_cumprod_prev": ("alphas_cumprod_prev",),
+    "sqrt_alphas_cumprod": ("swapped",),
+    "sqrt_one_minus_alphas_cumprod": ("swapped",),
+    **dict.fromkeys(_POSTERIOR, ("posterior table",)),
+}
+IN_LOW_PRECISION = ("float32", "low precision", "rounded on the way")
+NOT_FINITE = ("NaN", "logarithm of 0", "not capped", "[-1]", "the last step", "alphas_cumprod[0]")
+IN_BACKWARD = ("backward", "not zeroed", "softmax diff", "no gradient", "overwritten", "derivative")
 
 
 def clues(
@@ -24,27 +73,34 @@ def clues(
     findings: Sequence[Finding],
     results: Mapping[str, np.ndarray],
     expected: Callable[[Output], np.ndarray],
+    hide: bool = False,
 ) -> list[str]:
-    """Lines on a failed case that only the arrays themselves can tell."""
+    """Lines on a failed case that only the arrays themselves can tell.
+
+    hide: leave out how the golden can be made of what came, which gives every element away.
+    """
     outputs = {output.name: output for output in case.outputs}
-    lines: list[str] = []
+    lines = [not_finite(case, f, results[f.output]) for f in findings if f.problem == "not finite"]
+    if len(lines) > 1:
+        lines = [lines[0], f"{len(lines)} results hold NaN or infinity"]
     bad = [finding for finding in findings if finding.problem in ("tolerance", "shape")]
-    if not bad:
+    worst = first_wrong(case, findings) or max(bad, key=lambda f: f.ratio, default=None)
+    if worst is None or worst not in bad:
         return lines
-    worst = first_tap(case, findings) or max(bad, key=lambda finding: finding.ratio)
     output = outputs[worst.output]
     golden = expected(output).astype(np.float64)
     got = results[output.name].astype(np.float64)
     whole = output.stride == 1
     if whole or worst.problem == "tolerance":
-        likeness = looks_like(got if whole else got.reshape(-1)[:: output.stride], golden, whole)
-        if likeness:
+        with np.errstate(all="ignore"):
+            kept = got if whole else got.reshape(-1)[:: output.stride]
+            likeness = looks_like(kept, golden, whole)
+            double = results[output.name].dtype == np.float64
+            rounded = not likeness and whole and double and _rounded_once(got, golden)
+        if likeness and not hide:
             lines.append(f"{output.name} {likeness}")
-        elif whole and results[output.name].dtype == np.float64 and _rounded_once(got, golden):
-            lines.append(
-                "the error is of the size of float32's rounding: look for a number that is made in "
-                "float32, or a small constant such as epsilon"
-            )
+        elif rounded:
+            lines.append(ROUNDED)
     if case.call == "sample" and worst.problem == "tolerance":
         step = _first_step(worst, got, golden, output.stride)
         lines.append(f"the first step out of tolerance is {step} of {len(got)}")
@@ -90,6 +146,8 @@ def looks_like(got: np.ndarray, expected: np.ndarray, whole: bool = True) -> str
             return "holds the expected values in another shape"
         return None
     error = euclidean(got - expected)
+    if not np.isfinite(error):
+        return None
 
     def explains(guess: np.ndarray) -> bool:
         return euclidean(got - guess) <= SHARE * error
@@ -130,6 +188,13 @@ def _rearranged(expected: np.ndarray) -> Iterable[tuple[str, np.ndarray]]:
                 yield f"with axes in the order {axes}", turned
 
 
+def first_wrong(case: Case, findings: Sequence[Finding]) -> Finding | None:
+    """The first result that is wrong, where results are made from one another: tables and taps."""
+    if case.call == "schedule":  # whose goldens stand in the order in which S1 makes them
+        return next((finding for finding in findings if not finding.ok), None)
+    return first_tap(case, findings)
+
+
 def first_tap(case: Case, findings: Sequence[Finding]) -> Finding | None:
     """The first block's tap that is out of tolerance, in the order in which the blocks run."""
     if case.call != "taps":
@@ -137,6 +202,55 @@ def first_tap(case: Case, findings: Sequence[Finding]) -> Finding | None:
     by_name = {finding.output: finding for finding in findings}
     order = (by_name.get(block.name) for block in blocks(case.config))
     return next((f for f in order if f and not f.ok and f.problem != "missing"), None)
+
+
+def not_finite(case: Case, finding: Finding, got: np.ndarray) -> str:
+    """How many steps, rows or entries of a result hold NaN or infinity, and which is the first."""
+    bad = ~np.isfinite(got)
+    parts = []
+    for axis, word in enumerate(_axes(case, finding.output)[: got.ndim]):
+        held = bad.any(axis=tuple(i for i in range(got.ndim) if i != axis))
+        parts.append(f"{int(held.sum())} of {len(held)} {word}")
+    where = f" in {', '.join(parts)}" if parts else ""
+    first = tuple(int(i) for i in np.unravel_index(int(np.argmax(bad)), got.shape))
+    return f"{finding.output} holds NaN or infinity{where}; the first at {first}"
+
+
+def _axes(case: Case, output: str) -> tuple[str, ...]:
+    """What the first axes of a result count."""
+    if case.call == "sample":
+        return "steps", "rows"
+    if case.call == "schedule":
+        return ("times",)
+    if output == "loss":
+        return ("steps",)
+    if case.call in ("loss_and_grads", "apply_gradients", "train_steps"):
+        return ()  # a parameter's axes count no rows
+    return ("rows",)
+
+
+def likely(result: "Result") -> tuple[str, ...]:
+    """The causes of a failed case, first those that its name and its findings speak for."""
+    case, bad = result.case, [finding for finding in result.findings if not finding.ok]
+    words: list[str] = []
+    for end, tell in BY_NAME:
+        if case.id.endswith(end):
+            words += tell
+    if ROUNDED in result.clues:
+        words += IN_LOW_PRECISION
+    if any(finding.problem == "not finite" for finding in bad):
+        words += NOT_FINITE
+    if case.call == "schedule" and bad:
+        words += BY_TABLE.get(bad[0].output, ())
+    if case.call == "predict_x0_eps" and [finding.output for finding in bad] == ["eps"]:
+        words.append("eps not derived")
+    if case.call == "loss_and_grads" and bad and all(f.output != "loss" for f in bad):
+        words += IN_BACKWARD
+
+    def rank(cause: str) -> int:
+        return next((i for i, word in enumerate(words) if word in cause), len(words))
+
+    return tuple(sorted(case.causes, key=rank))
 
 
 def parameter_blocks(config: Config) -> dict[str, str]:
@@ -153,6 +267,8 @@ def blame(result: "Result", column: Sequence["Result"]) -> tuple[str | None, lis
     if case.call == "run_block":
         return case.options["name"], [_on_block(case, column)]
     bad = [finding for finding in result.findings if not finding.ok]
+    if case.call == "schedule":
+        return None, _on_tables(result.findings)
     if case.call == "taps":
         tap = first_tap(case, result.findings)
         return (tap.output, [_on_tap(case, tap.output, column)]) if tap else (None, [])
@@ -167,6 +283,20 @@ def blame(result: "Result", column: Sequence["Result"]) -> tuple[str | None, lis
     if case.call == "train_steps":
         return None, [*already, *_on_state(result.findings)]
     return None, already if case.call == "sample" else []
+
+
+def _on_tables(findings: Sequence[Finding]) -> list[str]:
+    """Which tables are wrong, and which of them are made from the first."""
+    wrong = [finding.output for finding in findings if not finding.ok]
+    right = [finding.output for finding in findings if finding.ok]
+    lines = [f"wrong: {', '.join(wrong)}; right: {', '.join(right) or 'nothing'}"] if wrong else []
+    after = [name for name in wrong[1:] if name in MADE_FROM.get(wrong[0], ())]
+    if after:
+        which = (
+            "all others that are wrong are" if after == wrong[1:] else f"{len(after)} others are"
+        )
+        lines.append(f"mend {wrong[0]} first: {which} made from it")
+    return lines
 
 
 def _on_block(case: Case, column: Sequence["Result"]) -> str:

@@ -44,14 +44,22 @@ class _Held:
     model: Any
     changed: bool = False  # its training state is no longer that of `open`
     handed: list[tuple[str, str, np.ndarray, bytes]] = dataclasses.field(default_factory=list)
+    trees: list[tuple[str, str, Arrays, list[str]]] = dataclasses.field(default_factory=list)
 
     def hand(self, call: str, trees: Mapping[str, Arrays]) -> None:
         """Remember arrays that a call was given, to see later whether the model works in them."""
         named = _flat(trees)
         self.handed += [(call, name, array, array.tobytes()) for name, array in named]
+        self.trees += [(call, name, tree, list(tree)) for name, tree in trees.items()]
 
     def check_handed(self) -> None:
         """Raise Fault where an array that was handed over is no longer what it was."""
+        for call, name, tree, keys in self.trees:
+            if list(tree) != keys:
+                raise Fault(
+                    f"{call} was given {name}, and the model took names out of that dict or put "
+                    "some in; keep a copy"
+                )
         for call, name, array, before in self.handed:
             if array.tobytes() != before:
                 raise Fault(
@@ -157,13 +165,14 @@ class Session:
         if case.call == "train_steps":
             held.changed = True
             results = self._train_steps(model, case, arguments, given)
-            held.check_handed()
-            return results
-        if case.call == "train_run":
+        elif case.call == "train_run":
             held.changed = True
-            return self._train_run(model, case, arguments)
-        value = guarded(model, case.call, arguments, case.options)
-        return named_results(case.call, value, arguments)
+            results = self._train_run(model, case, arguments)
+        else:
+            value = guarded(model, case.call, arguments, case.options)
+            results = named_results(case.call, value, arguments)
+        held.check_handed()  # at the first case that shows it, whatever its level
+        return results
 
     def _reset(self, case: Case, held: _Held, given: Mapping[str, np.ndarray]) -> _Held:
         """The same model at its first state, so that what it compiled is kept; or a new one."""

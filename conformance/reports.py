@@ -92,7 +92,7 @@ def _result(result: Result) -> dict[str, Any]:
         "failures": [_finding(finding) for finding in bad],
         "block": result.block,
         "clues": result.clues,
-        "causes": list(case.causes) if result.status == "failed" else [],
+        "causes": list(result.causes),
     }
 
 
@@ -267,9 +267,8 @@ def explain(result: Result) -> list[str]:
         lines.append(f"problem: {worst.text}")
         if worst.index is not None:
             lines.append(f"worst at: {worst.index} of shape {worst.shape}")
-            lines.append(f"got: {worst.got!r}")
-            shown = "not shown" if worst.expected is None else repr(worst.expected)
-            lines.append(f"expected: {shown}")
+            for label, value in (("got", worst.got), ("expected", worst.expected)):
+                lines.append(f"{label}: {'not shown' if value is None else repr(value)}")
         for m in worst.measures:
             verdict = f"{number(m.ratio)} tolerances" + ("" if m.ok else ", too much")
             lines.append(
@@ -278,9 +277,7 @@ def explain(result: Result) -> list[str]:
         if worst.reason:
             lines.append(f"tolerance from: {worst.reason}")
     lines += [f"clue: {clue}" for clue in result.clues]
-    if result.status == "failed":
-        lines += [f"likely cause: {cause}" for cause in case.causes]
-    return lines
+    return [*lines, *[f"likely cause: {cause}" for cause in result.causes]]
 
 
 def cell(entry: dict[str, Any]) -> str:

@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
 from conformance import diagnose
-from conformance.compare import Finding, compare_case
+from conformance.compare import Finding, compare_case, hidden
 from conformance.execute import Outcome, Session
 from conformance.process import Impl, Setup, WorkerDied, WorkerProcess, case_request
 from spec.backend import ARRAY_DTYPES, REQUIRED_DTYPES
@@ -55,9 +55,14 @@ class Result:
 
     @property
     def worst(self) -> Finding | None:
-        """The finding that matters most: for taps the first wrong one, else the worst."""
-        tap = diagnose.first_tap(self.case, self.findings)
-        return tap or max(self.findings, key=lambda finding: finding.ratio, default=None)
+        """The finding that matters most: of tables and taps the first wrong one, else the worst."""
+        first = diagnose.first_wrong(self.case, self.findings)
+        return first or max(self.findings, key=lambda finding: finding.ratio, default=None)
+
+    @property
+    def causes(self) -> tuple[str, ...]:
+        """What usually makes the case fail, most likely first; none unless numbers are wrong."""
+        return diagnose.likely(self) if self.status == "failed" else ()
 
     @property
     def ratio(self) -> float | None:
@@ -160,7 +165,7 @@ def available_cores() -> int:
 
 
 def select(goldens: Goldens, levels: Sequence[int] = (), globs: Sequence[str] = ()) -> list[Case]:
-    """The cases of these levels whose ids match one of the globs, in the manifest's order.
+    """The cases of these levels whose ids match one of the globs too, in the manifest's order.
 
     Raises UsageError for a level or a glob that matches nothing.
     """
@@ -173,11 +178,13 @@ def select(goldens: Goldens, levels: Sequence[int] = (), globs: Sequence[str] = 
     for glob in globs:
         if not any(fnmatch.fnmatchcase(case.id, glob) for case in chosen):
             ids = [case.id for case in chosen]
+            of_levels = (
+                f" of --level {', '.join(map(str, levels))} (a case must match both)" * bool(levels)
+            )
             near = difflib.get_close_matches(glob, ids, 3, 0.3) or ids[:3]
             raise UsageError(
                 f"--case {glob!r} matches none of {len(ids)} cases"
-                f"{' of these levels' if levels else ''}; "
-                f"ids look like {', '.join(near)}; quote globs such as 'L3/*'"
+                f"{of_levels}; ids look like {', '.join(near)}; quote globs such as 'L3/*'"
             )
     if globs:
         chosen = [c for c in chosen if any(fnmatch.fnmatchcase(c.id, glob) for glob in globs)]
@@ -205,19 +212,23 @@ def in_column(cases: Sequence[Case], dtype: str) -> list[Case]:
     return chosen
 
 
-def judge(goldens: Goldens, backend: str, dtype: str, case: Case, outcome: Outcome) -> Result:
-    """The verdict on what came of a call."""
+def judge(
+    goldens: Goldens, backend: str, dtype: str, case: Case, outcome: Outcome, hide: bool = False
+) -> Result:
+    """The verdict on what came of a call; hide: without anything that gives a golden away."""
     result = Result(backend, dtype, case, outcome.status, outcome.seconds, trace=outcome.trace)
     result.message = outcome.message
     if outcome.status != "done":
         return result
     expected = functools.partial(goldens.expected, case)
     result.findings = compare_case(case, dtype, outcome.results, expected)
+    if hide:
+        result.findings = [hidden(finding) for finding in result.findings]
     bad = [finding for finding in result.findings if not finding.ok]
     result.status = "failed" if bad else "passed"
     if bad and result.worst is not None:
         result.message = result.worst.text
-        result.clues = diagnose.clues(case, result.findings, outcome.results, expected)
+        result.clues = diagnose.clues(case, result.findings, outcome.results, expected, hide)
     return result
 
 
@@ -374,9 +385,8 @@ class Suite:
 
     def _judged(self, impl: Impl, dtype: str, case: Case) -> tuple[Result, dict[str, Any]]:
         outcome, reply = self.ask_case(impl, dtype, case)
-        result = judge(self.plan.goldens, impl.name, dtype, case, outcome)
-        if self.plan.hide_expected:
-            result.findings = [dataclasses.replace(f, expected=None) for f in result.findings]
+        hide = self.plan.hide_expected
+        result = judge(self.plan.goldens, impl.name, dtype, case, outcome, hide)
         if result.ok:
             self.passed.add((impl.name, dtype, self.worker(impl, dtype).starts, case.id))
         return result, reply

@@ -7,11 +7,13 @@ import numpy as np
 import pytest
 from conformance_fakes import Backend, Fake, case_named, write_goldens
 
-from conformance import UsageError, check, check_backend
+from conformance import Result, UsageError, check, check_backend, diagnose
+from conformance.compare import Finding, Measure, hidden
 from conformance.diagnose import looks_like
 from conformance.execute import Session
-from conformance.runner import in_column, judge, select
+from conformance.runner import finish, in_column, judge, select
 from spec.goldens import Goldens
+from spec.params import initial_params
 
 
 @pytest.fixture(scope="module")
@@ -545,7 +547,7 @@ def test_selection(goldens):
     for levels, globs, text in (
         ([9], [], "--level 9 has no cases; the manifest has levels 0, 1, 2, 3, 4, 5, 6"),
         ([], ["L3/tiny/tap"], "ids look like L3/tiny/taps"),
-        ([0], ["L3/*"], "matches none of 1 cases of these levels"),
+        ([0], ["L3/*"], "matches none of 1 cases of --level 0 (a case must match both)"),
     ):
         with pytest.raises(UsageError, match=None) as caught:
             select(goldens, levels, globs)
@@ -572,3 +574,237 @@ def test_the_fakes_cover_every_call(goldens):
     calls = {case.call for case in goldens.cases}
     assert calls >= {"schedule", "predict", "taps", "train_steps", "apply_gradients", "sample"}
     assert len(fakes.BLOCKS) == 4
+
+
+# --- what is named first --------------------------------------------------------------------------
+
+
+def shifted(tables, *names):
+    return tables | {name: tables[name] * 1.0001 for name in names}
+
+
+@pytest.mark.parametrize(
+    ("names", "first", "clue"),
+    [
+        (
+            ("posterior_mean_coef2", "betas", "alphas"),
+            "betas",
+            "all others that are wrong are made",
+        ),
+        (("posterior_variance", "alphas_cumprod_prev"), "alphas_cumprod_prev", "are made from it"),
+        (("posterior_variance", "sqrt_alphas_cumprod"), "sqrt_alphas_cumprod", None),
+        (
+            ("sqrt_recip_alphas_cumprod", "posterior_variance", "alphas_cumprod"),
+            "alphas_cumprod",
+            "",
+        ),
+    ],
+)
+def test_a_wrong_schedule_names_the_first_table_that_is_wrong(goldens, names, first, clue):
+    class WrongTables(Fake):
+        def schedule(self):
+            tables = shifted(super().schedule(), *names)
+            return tables | {names[0]: tables[names[0]] + 1}  # furthest off, and not the first
+
+    result = by_id(WrongTables, goldens, "L0/*")["L0/tiny/schedule"]
+    assert result.worst.output == first
+    assert result.message.startswith(f"{first} is out of tolerance")
+    assert result.clues[0].startswith("wrong: ")
+    assert set(result.clues[0].partition(";")[0][7:].split(", ")) == set(names)
+    mend = [line for line in result.clues if line.startswith(f"mend {first} first")]
+    assert bool(mend) is (clue is not None)
+    assert not clue or clue in mend[0]
+
+
+def test_a_missing_table_is_named_where_those_before_it_are_right(goldens):
+    class OnlyBetas(Fake):
+        def schedule(self):
+            return {"betas": super().schedule()["betas"]}
+
+    assert verdict(OnlyBetas, goldens, "L0/tiny/schedule").message == (
+        "alphas is missing from the results"
+    )
+
+
+REAL = Goldens()
+
+
+def failed_as(case_id, *findings, clues=()):
+    """A Result of a real case that failed with these findings."""
+    case = case_named(REAL, case_id)
+    return Result("b", "float64", case, "failed", findings=list(findings), clues=list(clues))
+
+
+def test_every_word_that_chooses_a_cause_stands_in_one_of_its_cases():
+    for end, words in diagnose.BY_NAME:
+        named = [case for case in REAL.cases if case.id.endswith(end)]
+        assert named, end
+        for word in words:
+            assert any(word in cause for case in named for cause in case.causes), (end, word)
+    tables = {cause for case in REAL.cases if case.call == "schedule" for cause in case.causes}
+    for words in diagnose.BY_TABLE.values():
+        for word in words:
+            assert any(word in cause for cause in tables), word
+    every = {cause for case in REAL.cases for cause in case.causes}
+    for word in (*diagnose.IN_LOW_PRECISION, *diagnose.NOT_FINITE, *diagnose.IN_BACKWARD):
+        assert any(word in cause for cause in every), word
+
+
+@pytest.mark.parametrize(
+    ("result", "first"),
+    [
+        (failed_as("L2/tiny/down_blocks.0.resnets.0"), "GroupNorm epsilon 1e-5"),
+        (failed_as("L2/tiny/down_blocks.0.resnets.0_mean_100"), "one-pass variance"),
+        (failed_as("L2/tiny/down_blocks.1.attentions.0_mean_100"), "one-pass variance"),
+        (failed_as("L2/tiny/conv_out_mean_100"), "one-pass variance"),
+        (failed_as("L2/tiny/down_blocks.1.attentions.0_sigma_0.01"), "GroupNorm epsilon 1e-5"),
+        (failed_as("L4/tiny/loss_and_grads_again"), "gradients not zeroed between calls"),
+        (failed_as("L4/tiny/loss_and_grads_dropped"), "dropout mask inverted"),
+        (failed_as("L6/tiny/ddim_guided_0"), "a scale of 0 taken for no guidance"),
+        (failed_as("L2/tiny/time_proj", clues=[diagnose.ROUNDED]), "t or the angles in low"),
+        (
+            failed_as("L1/tiny/predict_x0_eps", Finding("eps", "tolerance", "")),
+            "eps not derived again",
+        ),
+        (
+            failed_as("L0/tiny/ho2020", Finding("posterior_variance", "tolerance", "")),
+            "a posterior table",
+        ),
+        (failed_as("L0/tiny/ho2020", Finding("betas", "tolerance", "")), "one beta endpoint"),
+        (failed_as("L6/tiny/dpmpp", Finding("trajectory", "not finite", "")), "second order in"),
+    ],
+    ids=lambda value: value.case.id if isinstance(value, Result) else None,
+)
+def test_causes_stand_in_the_order_that_the_case_speaks_for(result, first):
+    assert result.causes[0].startswith(first)
+    assert sorted(result.causes) == sorted(result.case.causes)
+    assert not dataclasses.replace(result, status="error").causes
+
+
+def test_nan_is_counted_in_rows_and_steps(goldens):
+    class NanRows(Fake):
+        def q_sample(self, *args, **more):
+            out = super().q_sample(*args, **more)
+            out[1:, 2, 3] = np.nan
+            return out
+
+        def sample(self, *args, **more):
+            steps = super().sample(*args, **more)
+            steps[2:, 1, 0, 5] = np.inf
+            return steps
+
+        def schedule(self):
+            tables = super().schedule()
+            tables["sqrt_recip_alphas_cumprod"][-3:] = np.inf
+            return tables
+
+        def loss_and_grads(self, *args, **more):
+            _, grads = super().loss_and_grads(*args, **more)
+            for name in ("conv_in.bias", "conv_in.weight"):
+                grads[name][1] = np.nan
+            return float("nan"), grads
+
+    results = by_id(NanRows, goldens)
+    for case_id, line in {
+        "L1/tiny/q_sample": "out holds NaN or infinity in 2 of 3 rows; the first at (1, 2, 3, 0)",
+        "L6/digits/guided": "trajectory holds NaN or infinity in 2 of 4 steps, 1 of 2 rows; "
+        "the first at (2, 1, 0, 5, 0)",
+        "L0/tiny/schedule": "sqrt_recip_alphas_cumprod holds NaN or infinity in 3 of 1000 times; "
+        "the first at (997,)",
+        "L4/tiny/grads": "loss holds NaN or infinity; the first at ()",
+    }.items():
+        assert line in results[case_id].clues, results[case_id].clues
+    assert "3 results hold NaN or infinity" in results["L4/tiny/grads"].clues
+
+
+class ScalesInPredict(Fake):
+    def __init__(self, config, params, dtype):
+        super().__init__(config, params, dtype)
+        self.kept = params
+
+    def run_block(self, name, **inputs):
+        self.kept["conv_in.bias"] *= 2
+        return super().run_block(name, **inputs)
+
+
+class PopsTheOpened(Fake):
+    def __init__(self, config, params, dtype):
+        super().__init__(config, params, dtype)
+        params.pop("conv_in.bias")
+
+
+@pytest.mark.parametrize(
+    ("model", "text"),
+    [
+        (ScalesInPredict, "open was given params[conv_in.bias], and the model changed that array"),
+        (PopsTheOpened, "open was given params, and the model took names out of that dict"),
+    ],
+)
+def test_parameters_that_a_model_changes_are_noticed_at_the_first_case(goldens, model, text):
+    class Backend:  # hands on the very dict that it is given
+        name, modes = "fake", ("eager",)
+
+        @staticmethod
+        def open(config, params=None, *, seed=0, dtype="float32", device="auto", mode="eager"):
+            params = initial_params(config, seed) if params is None else params
+            return model(config, params, dtype)
+
+    first = next(case for case in goldens.cases if case.call == "run_block")
+    session = Session(Backend, goldens, "float64", "cpu")
+    outcome = session.attempt(first)
+    assert outcome.status == "fault"
+    assert text in outcome.message
+
+
+# --- what hides the golden ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda x: -x,
+        lambda x: x * 1.37,
+        lambda x: x + 0.25,
+        lambda x: np.roll(x, 1, axis=-1) * (1 + 1e-9),
+        lambda x: np.flip(x, 0).copy(),
+        lambda x: x.T.copy(),
+        lambda x: np.zeros_like(x),
+        lambda x: np.full_like(x, np.nan),
+    ],
+)
+def test_nothing_that_is_shown_gives_a_hidden_golden_away(goldens, change):
+    class Changed(Fake):
+        def cast(self, value):
+            value = super().cast(value)
+            return value if isinstance(value, dict) else change(value)
+
+    session = Session(Backend(Changed), goldens, "float64", "cpu")
+    seen = 0
+    for case in goldens.cases:
+        outcome = session.attempt(case)
+        if outcome.status != "done":
+            continue
+        shown = judge(goldens, "fake", "float64", case, outcome)
+        result = judge(goldens, "fake", "float64", case, outcome, hide=True)
+        assert result.status == shown.status
+        finish([result])
+        for finding in result.findings:
+            assert finding.expected is None
+            assert finding.got is None or not np.isfinite(finding.got)
+            for measure in finding.measures:
+                assert measure.error == float(f"{measure.error:.0e}")
+        told = "\n".join([result.message, *result.clues])
+        for word in ("expected value", "opposite", "is zero", "times the", "axes in the order"):
+            assert word not in told
+        seen += result.status == "failed"
+    assert seen > 5
+
+
+def test_an_error_in_one_digit_stays_on_its_side_of_the_tolerance():
+    for error in (1.01e-10, 0.99e-10, 9.99e-3, 1e-7, 3.0000001e5, 5e-324, 0.0, np.inf):
+        for tolerance in (error * 1.01, error / 1.01, error):
+            measure = Measure("l2", error, tolerance)
+            finding = Finding("out", "tolerance", "", (), (measure,), got=1.0, expected=2.0)
+            (rounded,) = hidden(finding).measures
+            assert rounded.ok is measure.ok
+            assert rounded.error == pytest.approx(error, rel=1, abs=1e-323)

@@ -114,7 +114,7 @@ def test_a_mistake_of_the_tutorial_is_named(paper_style, tmp_path, right, wrong,
     results = conformance.check_backend(module, ["float64"], cases)
     result = next(result for result in results if result.case.id == case)
     assert result.status == "failed"
-    assert said in " ".join([*result.clues, *result.case.causes])
+    assert said in " ".join([*result.clues, *result.causes])
 
 
 def test_the_tutorial_says_how_many_mistakes_there_are():

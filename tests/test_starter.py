@@ -228,3 +228,12 @@ def test_every_level_method_and_clause_of_the_goldens_has_words():
         assert coach.signature(method).startswith(f"{method}(")
         assert coach.summary(method).endswith(".")
     assert coach.signature("guide") == "guide(out_null, out_label, guidance_scale)"
+
+
+@pytest.mark.parametrize("command", ["parity", "samples"])
+def test_the_other_commands_refuse_a_place_before_their_work_too(started, command):
+    (started / "file").write_text("kept")
+    result = CliRunner().invoke(app, [command, "--impl", "my_model", "--reports", "file"])
+    assert result.exit_code == 2
+    assert "--reports file cannot be written" in result.output
+    assert "starting" not in result.output

@@ -106,8 +106,7 @@ class Verdict:
             return None
         texts = [self.told or ""]
         if self.result is not None:
-            causes = self.result.case.causes if self.result.status == "failed" else ()
-            texts = [self.result.message, *self.result.clues, *causes]
+            texts = [self.result.message, *self.result.clues, *self.result.causes]
         return any(self.mutant.cause.lower() in text.lower() for text in texts)
 
     @property
