@@ -113,7 +113,8 @@ def _train_steps(case: Case, inputs: dict, params: Tree, expected: Tree) -> dict
         found = Oracle(config, state["params"]).run("loss_and_grads", batch, {})
         grads = {n: found[f"grads/{n}"] for n in state["params"]}
         if i in (0, steps - 1):
-            some = gradient_distances(case, state["params"], grads, batch)
+            alone = case.own is None  # of a fresh config, L4 has asked for each tensor
+            some = gradient_distances(case, state["params"], grads, batch, alone)
             gradients |= {f"step {i + 1}, {name}": value for name, value in some.items()}
         state = reference.update(config, state, grads)
         if i + 1 in case.options["record"]:

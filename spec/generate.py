@@ -7,6 +7,7 @@ tolerance). The method is described in SPEC.md under "Goldens".
 """
 
 import concurrent.futures
+import dataclasses
 import importlib.metadata
 import json
 import math
@@ -25,11 +26,13 @@ from safetensors.numpy import save
 from spec import tables
 from spec.agree import AgreementError, agreement, distance
 from spec.cases import CHECKPOINT, Case, Inputs, golden_cases
-from spec.floor import SEEDS, asks_network, floors, seeds_of
+from spec.config import Config, ConfigError, load_config
+from spec.floor import asks_network, floors, seeds_of
+from spec.fresh import check_config, fresh_cases, random_config
 from spec.goldens import FORMAT, GOLDENS, GoldenError, Goldens, sha256
 from spec.oracle import Oracle
 from spec.params import initial_params
-from spec.tolerance import median_floors, part_of, tolerance, vanishes
+from spec.tolerance import FACTORS, median_floors, part_of, tolerance, vanishes
 
 Tree = dict[str, np.ndarray]
 WORKERS = 2
@@ -102,7 +105,7 @@ def precisions(case: Case) -> list[str]:
     """The precisions in which the case has floors of its own."""
     if case.level == 0:
         return []
-    return list(SEEDS) if asks_network(case) else ["float32"]
+    return list(case.columns) if asks_network(case) else ["float32"]
 
 
 def measure(cases: list[Case], inputs: Inputs, most: int | None = None) -> None:
@@ -219,10 +222,13 @@ def manifest_text(cases: list[Case], files: dict[str, str]) -> str:
             parts.append(f"   {line(key)}: {text}")
         blocks.append("  {\n" + ",\n".join(parts) + "\n  }")
     hashes = ",\n".join(f"  {line(stem)}: {line(digest)}" for stem, digest in sorted(files.items()))
+    own = {case.config: dataclasses.asdict(case.own) for case in cases if case.own}
+    configs = ",\n".join(f"  {line(name)}: {line(fields)}" for name, fields in own.items())
     return (
         "{\n"
         f' "format": {FORMAT},\n "made_with": {line(versions())},\n'
-        f' "files": {{\n{hashes}\n }},\n'
+        + (f' "configs": {{\n{configs}\n }},\n' if own else "")
+        + f' "files": {{\n{hashes}\n }},\n'
         ' "cases": [\n' + ",\n".join(blocks) + "\n ]\n}\n"
     )
 
@@ -288,7 +294,12 @@ def write(folder: Path, missing: bool = False) -> None:
         console.print(f"{recall(folder, cases, inputs)} of {len(cases)} cases are kept")
     solve_all(cases, inputs)
     measure(cases, inputs)
-    folder.mkdir(exist_ok=True)
+    write_folder(folder, cases, inputs)
+
+
+def write_folder(folder: Path, cases: list[Case], inputs: Inputs) -> None:
+    """Write the tensors and the manifest of cases that are solved and measured."""
+    folder.mkdir(parents=True, exist_ok=True)
     files = {
         stem: save({key: np.array(value, order="C") for key, value in tree.items()})
         for stem, tree in tensors_of(inputs, cases).items()
@@ -296,7 +307,7 @@ def write(folder: Path, missing: bool = False) -> None:
     for stem, data in files.items():
         (folder / f"{stem}.safetensors").write_bytes(data)
     hashes = {stem: sha256(data) for stem, data in files.items()}
-    if CHECKPOINT.exists():
+    if "checkpoints/digits" in inputs.files:
         hashes["checkpoints/digits"] = sha256(CHECKPOINT.read_bytes())
     (folder / "manifest.json").write_text(manifest_text(cases, hashes), encoding="utf-8")
     Goldens(folder).verify()
@@ -417,6 +428,19 @@ def _check_floors(folder: Path, cases: list[Case], inputs: Inputs) -> list[str]:
     return problems
 
 
+def write_fresh(
+    folder: Path, configs: list[Config], seed: int, columns: list[str], brief: bool = False
+) -> None:
+    """Write goldens of these configs, on inputs of the seed. Raises ConfigError, AgreementError."""
+    inputs, cases = Inputs(seed), []
+    for config in configs:
+        cases += fresh_cases(inputs, config, brief)
+    cases = [dataclasses.replace(case, columns=tuple(columns)) for case in cases]
+    solve_all(cases, inputs)
+    measure(cases, inputs)
+    write_folder(folder, cases, inputs)
+
+
 def main(
     check_only: Annotated[
         bool, typer.Option("--check", help="Compare with what is committed; write nothing.")
@@ -425,19 +449,79 @@ def main(
         bool,
         typer.Option("--missing", help="Keep what is stored; make cases and floors that it lacks."),
     ] = False,
+    config: Annotated[
+        list[str],
+        typer.Option(help="Goldens of this config instead: a name, or a .toml file; repeat."),
+    ] = [],  # noqa: B006
+    random: Annotated[
+        str, typer.Option(metavar="FIRST:COUNT", help="Goldens of so many random configs.")
+    ] = "",
+    seed: Annotated[int, typer.Option(help="Of the inputs of --config and --random.")] = 0,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder, new or empty, for --config and --random.")
+    ] = None,
+    column: Annotated[
+        list[str], typer.Option(help="Limits besides float64's: float32, tf32, bf16; repeat.")
+    ] = ["float32"],  # noqa: B006
+    brief: Annotated[
+        bool, typer.Option("--brief", help="One case of each kind, and no block alone.")
+    ] = False,
 ) -> None:
-    """Write spec/schedules and spec/goldens, or check them."""
+    """Write spec/schedules and spec/goldens, or check them; or write goldens of other configs."""
     start = time.monotonic()
+    problems = []
     try:
-        problems = check(GOLDENS) if check_only else write(GOLDENS, missing)
-    except (AgreementError, GoldenError) as error:
-        console.print(f"[red]{error}[/red]")
-        raise typer.Exit(1) from error
-    for problem in problems or ():
+        if config or random:
+            configs = [load_config(name) for name in config] + random_configs(random)
+            if check_only or missing:
+                raise ConfigError("--check and --missing are for the committed goldens alone")
+            check_request(configs, seed, out, column)
+            write_fresh(out, configs, seed, column, brief)
+        elif out or brief:
+            raise ConfigError("--out and --brief are for goldens of --config or --random")
+        elif check_only:
+            problems = check(GOLDENS)
+        else:
+            write(GOLDENS, missing)
+    except (AgreementError, GoldenError, ConfigError) as error:
+        console.print(f"error: {error}", style="red", markup=False, highlight=False)
+        raise typer.Exit(2 if isinstance(error, ConfigError) else 1) from error
+    for problem in problems:
         console.print(f"[red]{problem}[/red]")
     console.print(f"{time.monotonic() - start:.0f} s")
     if problems:
         raise typer.Exit(1)
+
+
+def random_configs(text: str) -> list[Config]:
+    """The configs of FIRST:COUNT, or none of an empty text. Raises ConfigError for another one."""
+    if not text:
+        return []
+    first, _, count = text.partition(":")
+    if not (first.isdecimal() and count.isdecimal() and 1 <= int(count) <= 1000):
+        raise ConfigError(f"--random {text!r} is not FIRST:COUNT, such as 0:20; COUNT is 1 to 1000")
+    return [random_config(int(first) + i) for i in range(int(count))]
+
+
+def check_request(configs: list[Config], seed: int, out: Path | None, columns: list[str]) -> None:
+    """Raise ConfigError where goldens cannot be made as asked, before any work."""
+    if not 0 <= seed < 2**64:
+        raise ConfigError(f"--seed {seed} is outside 0..2^64-1; choose one inside")
+    if unknown := [name for name in columns if name not in FACTORS]:
+        raise ConfigError(
+            f"--column {', '.join(unknown)} is unknown; choose among {', '.join(FACTORS)}"
+        )
+    if "float32" not in columns:
+        raise ConfigError("--column float32 is missing: what is outside the network has its limits")
+    if out is None:
+        raise ConfigError("--out is missing; name a folder for the goldens, new or empty")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ConfigError(f"--out {out} is there and not empty; name a new folder")
+    names = [config.name for config in configs]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ConfigError(f"two configs are named {', '.join(twice)}; give them other names")
+    for config in configs:
+        check_config(config)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import load as parse_safetensors
 
-from spec.config import Config, load_config
+from spec.config import Config, config_from_dict, load_config
 
 SPEC = Path(__file__).parent
 GOLDENS = SPEC / "goldens"
@@ -82,7 +82,9 @@ class Goldens:
             )
         self.files: dict[str, str] = raw["files"]
         self.made_with: dict[str, str] = raw["made_with"]
-        self.cases = [_case(entry) for entry in raw["cases"]]
+        # Configs that the spec does not ship, field by field.
+        self.configs = {n: config_from_dict(v) for n, v in raw.get("configs", {}).items()}
+        self.cases = [_case(entry, self.configs) for entry in raw["cases"]]
         self._read = functools.lru_cache(maxsize=None)(self._read_file)
 
     def _path(self, stem: str) -> Path:
@@ -182,8 +184,8 @@ class Goldens:
 REMEDY = "restore spec/goldens from the repository, or make it anew with `nox -s goldens`"
 
 
-def _case(entry: dict[str, Any]) -> Case:
-    config = load_config(entry["config"])
+def _case(entry: dict[str, Any], configs: dict[str, Config]) -> Case:
+    config = configs.get(entry["config"]) or load_config(entry["config"])
     if entry.get("replace"):
         config = config.replace(**entry["replace"])
     outputs = tuple(
