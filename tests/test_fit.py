@@ -9,7 +9,10 @@ import numpy as np
 import pytest
 
 from conformance.mutants.fit import (
+    IMAGES,
+    TIMES,
     _frequency_problem,
+    _joint_problem,
     _normal_problem,
     _overlap,
     _rate_problem,
@@ -47,6 +50,30 @@ def test_frequencies_that_are_wrong_are_told():
     assert "10 of the times was drawn 0.000" in _frequency_problem("times", t, 11)
     assert _rate_problem("a drop", t < 2, 0.2) is None
     assert "expected 0.800" in _rate_problem("a drop", t < 2, 0.8)
+
+
+def test_draws_that_go_together_are_told():
+    generator = np.random.Generator(np.random.Philox(3))
+    u, other, whole = (
+        generator.random(2000),
+        generator.random(2000),
+        generator.integers(2**32, size=2000),
+    )
+    rows = (u * IMAGES).astype(int)
+    assert _joint_problem("both", rows, (other * TIMES).astype(int)) is None
+    assert "go together" in _joint_problem("both", rows, (u * TIMES).astype(int))
+    assert "go together" in _joint_problem("both", whole % IMAGES, whole % TIMES)
+    assert "go together" in _joint_problem("both", rows, u < 0.25)
+    one_in_five = np.where(other < 0.2, u, generator.random(2000))
+    assert "the same key" in _joint_problem("both", rows, (one_in_five * TIMES).astype(int))
+
+
+def test_right_draws_pass_as_often_as_the_limit_says():
+    """In 2000 tries none should fail: the limit is passed by 3e-7 of them."""
+    generator = np.random.Generator(np.random.Philox(4))
+    for _ in range(2000):
+        rows, t = generator.integers(IMAGES, size=2000), generator.integers(TIMES, size=2000)
+        assert _joint_problem("both", rows, t) is None
 
 
 def test_noise_that_comes_again_elsewhere_is_seen():

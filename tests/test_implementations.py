@@ -11,6 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from spec.config import load_config
+from spec.params import parameter_shapes
+
 ROOT = Path(__file__).resolve().parent.parent
 MOST = ("L[0-2]/*", "L3/tiny/*", "L4/tiny_v/*", "L5/tiny/*", "L6/tiny_uncond/*", "L6/tiny_v/*")
 NETWORK = ("L2/*", "L3/tiny/*")
@@ -39,3 +42,14 @@ def test_passes_the_goldens(implementation, dtype, cases, tmp_path):
     report = json.loads((tmp_path / "conformance.json").read_text("utf-8"))
     assert report["ok"] is True
     assert len(report["results"]) >= (1 if cases == ("L7/*",) else 30)
+
+
+@pytest.mark.parametrize("config", ["tiny", "tiny_uncond", "tiny_deep"])
+def test_the_names_of_torch_are_the_canonical_ones(config):
+    """A state_dict of impl_torch is a checkpoint: the parameters, and nothing else."""
+    pytest.importorskip("torch")
+    from impl_torch.unet import UNet
+
+    config = load_config(config)
+    shapes = {name: tuple(value.shape) for name, value in UNet(config).state_dict().items()}
+    assert shapes == parameter_shapes(config)

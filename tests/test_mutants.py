@@ -285,6 +285,14 @@ def test_a_fault_that_fit_does_not_show_survives():
     assert (verdict.case, verdict.margin) == ("", 0.0)
 
 
+def test_a_fit_that_raises_is_a_kill():
+    old = "noise=generator.standard_normal"
+    raising = a_mutant(file="train.py", old=old, new="noise=generator.absent", clause=FIT)
+    verdict = try_mutant(raising, goldens())
+    assert verdict.killed
+    assert "fit raised AttributeError" in verdict.told
+
+
 def test_a_wrong_expectation_is_told():
     wrong = a_mutant(old="return a * x0 + b * noise", new="return a * x0 - b * noise", clause="S7")
     verdict = try_mutant(wrong, goldens())

@@ -265,10 +265,13 @@ def results_on(
 
 
 def fit_of_copy(impl: str, mutant: Mutant | None = None) -> str | None:
-    """What the check of `fit` says of a copy; None where nothing is wrong."""
+    """What the check of `fit` says of a copy, or that fit raised; None where nothing is wrong."""
     with copied(impl, mutant) as module, warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return problem_of_fit(module)
+        try:
+            return problem_of_fit(module)
+        except Exception as error:  # of whatever a fault makes a framework raise
+            return f"fit raised {type(error).__name__}: {error}"
 
 
 def run_copy(

@@ -10,9 +10,11 @@ from spec.config import Config, load_config
 from spec.noise import training_draws
 
 SAME = 1e-12  # relative, in float64: memory may be laid out otherwise, and sums run otherwise
-IMAGES = 11
-STEPS = 250  # of native draws; with 8 rows each, every image and time comes up
-SIGMAS = 5.0  # how far a frequency may stand from what is expected
+# Images and times share a divisor: the same whole number, drawn twice from one key and reduced to
+# two ranges without one, gives pairs as independent as any.
+IMAGES, TIMES = 15, 10
+STEPS = 250  # of native draws; with 8 rows each, every pair of an image and a time comes up
+SIGMAS = 5.0  # how far a statistic may stand from what is expected: 6e-7 of right draws do
 SHARED_STEPS = 4
 
 
@@ -89,7 +91,7 @@ def _small() -> Config:
         channels=(4, 4),
         groups=2,
         attention_levels=(),
-        timesteps=10,
+        timesteps=TIMES,
         batch_size=8,
     )
 
@@ -135,6 +137,9 @@ def _native_problem(package: ModuleType) -> str | None:
         _frequency_problem("images", rows, IMAGES)
         or _frequency_problem("times", t, config.timesteps)
         or _rate_problem("a dropped label", drop, config.label_dropout)
+        or _joint_problem("images and times", rows, t)
+        or _joint_problem("images and dropped labels", rows, drop)
+        or _joint_problem("times and dropped labels", t, drop)
         or _normal_problem(noise)
     )
 
@@ -163,6 +168,30 @@ def _rate_problem(what: str, hits: np.ndarray, rate: float) -> str | None:
     allowed = SIGMAS * np.sqrt(rate * (1 - rate) / len(hits))
     if not abs(hits.mean() - rate) <= allowed:
         return f"{what} was drawn {hits.mean():.3f} of the time; expected {rate:.3f}"
+    return None
+
+
+def _joint_problem(what: str, one: np.ndarray, other: np.ndarray) -> str | None:
+    """Pearson's test that two draws of a row, [N] each, are independent of one another.
+
+    The squared deviations of a table's cells from the product of its margins, each over its
+    expectation, add up to chi-square of (I - 1)(J - 1) degrees of freedom, k. The cube root of
+    chi-square / k is normal, but for little, with mean 1 - 2/(9k) and variance 2/(9k) (Wilson and
+    Hilferty 1931), and may stand SIGMAS above its mean. Expectations here are 13 and more.
+    """
+    (_, one), (_, other) = (np.unique(v, return_inverse=True) for v in (one, other))
+    seen = np.zeros((one.max() + 1, other.max() + 1))
+    np.add.at(seen, (one, other), 1)
+    expected = seen.sum(1, keepdims=True) * seen.sum(0) / len(one)
+    chi_square = float(((seen - expected) ** 2 / expected).sum())
+    freedom = (len(seen) - 1) * (len(seen[0]) - 1)
+    spread = 2 / (9 * freedom)
+    allowed = freedom * (1 - spread + SIGMAS * np.sqrt(spread)) ** 3
+    if not chi_square <= allowed:
+        return (
+            f"{what} go together: chi-square is {chi_square:.0f}, at most {allowed:.0f} where they "
+            "are independent; look for two draws from the same key"
+        )
     return None
 
 
