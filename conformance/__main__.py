@@ -127,7 +127,7 @@ def check_place(option: str, path: Path, is_folder: bool) -> None:
 
 def _refuse(error: Exception) -> typer.Exit:
     """Print an error; the exit code is 2 where the command line is at fault, else 1."""
-    show.Watch(show.console(stderr=True)).say(f"error: {error}")
+    show.Watch(show.console(stderr=True)).say(show.printable(f"error: {error}"))
     usage = isinstance(error, (UsageError, ConfigError)) or getattr(error, "usage", False)
     return typer.Exit(2 if usage else 1)
 

@@ -1,6 +1,7 @@
 """Runs a case's call on a model and gives its results by key; knows no expected value."""
 
 import dataclasses
+import math
 import time
 import traceback
 from collections.abc import Callable, Mapping
@@ -22,6 +23,7 @@ ONE_ARRAY = {
 }
 TREES = ("schedule", "taps")
 STATE_PARTS = ("params", "m", "v", "ema")
+LONGEST = 2000  # characters of an exception's message
 
 
 class Fault(Exception):
@@ -88,16 +90,16 @@ class Session:
         start = time.perf_counter()
         key = (case.config, case.params)
         try:
-            outcome = Outcome("done", self._run(case, key, given or {}))
+            with np.errstate():  # what a call sets there ends with it
+                outcome = Outcome("done", self._run(case, key, given or {}))
         except NotImplementedError as error:
-            outcome = Outcome("not implemented", message=str(error))
+            outcome = Outcome("not implemented", message=said(error).partition(": ")[2])
         except Fault as fault:
             outcome = Outcome("fault", message=str(fault))
         except GoldenError:
             raise
         except (Exception, SystemExit) as error:
-            message = f"{type(error).__name__}: {error}"
-            outcome = Outcome("error", message=message, trace=trace_of(error))
+            outcome = Outcome("error", message=said(error), trace=trace_of(error))
         if outcome.status in ("fault", "error") or case.params in GIVEN_PARAMS:
             self._held.pop(key, None)  # what a failed call left behind must not reach other cases
         outcome.seconds = time.perf_counter() - start
@@ -297,9 +299,22 @@ GIVEN_PARAMS = ("given:params",)  # differ from call to call, so that no model i
 def described(model: Any) -> dict[str, Any]:
     """What the model says of itself; a describe that fails costs no case its verdict."""
     try:
-        return dict(method(model, "describe")())
+        return plain(method(model, "describe")())
     except Exception as error:
-        return {"error": f"{type(error).__name__}: {error}"}
+        return {"error": said(error)}
+
+
+def plain(described: Any) -> dict[str, Any]:
+    """What a model says of itself, as names and short values that any report can hold."""
+    found: dict[str, Any] = {}
+    for name, value in dict(described).items():
+        if isinstance(value, float) and not math.isfinite(value):
+            value = str(value)
+        if isinstance(value, int) and value.bit_length() > 63:
+            value = f"an integer of {value.bit_length()} bits"
+        simple = value is None or isinstance(value, (bool, int, float))
+        found[str(name)[:80]] = value if simple else str(value)[:400]
+    return found
 
 
 def method(model: Any, name: str) -> Callable:
@@ -368,9 +383,14 @@ def _pair(call: str, value: Any, what: str) -> tuple[Any, Any]:
 
 
 def an_array(what: str, value: Any) -> np.ndarray:
-    """The value, in native byte order. Raises Fault unless it is a NumPy array of numbers."""
+    """The value, in native byte order. Raises Fault unless it is a NumPy array of numbers.
+
+    A subclass, such as a masked array or a matrix, has other arithmetic, or hides elements.
+    """
     if not isinstance(value, np.ndarray):
-        raise Fault(f"{what} gave {kind_of(value)}; expected a NumPy array")
+        raise Fault(f"{what} gave {kind_of(value)}; expected a NumPy array{_remedy(value)}")
+    if type(value) is not np.ndarray:
+        raise Fault(f"{what} gave {kind_of(value)}; expected a plain NumPy array: np.array(x)")
     if value.dtype.kind not in "biuf" or value.dtype.itemsize > 8:
         raise Fault(f"{what} gave an array of dtype {value.dtype}; expected floating point numbers")
     return value.astype(value.dtype.newbyteorder("="), copy=False)
@@ -378,9 +398,21 @@ def an_array(what: str, value: Any) -> np.ndarray:
 
 def a_tree(what: str, value: Any) -> Arrays:
     """The value. Raises Fault unless it is a dict of arrays by name."""
-    if not isinstance(value, Mapping) or not all(isinstance(name, str) for name in value):
+    if not isinstance(value, Mapping):
         raise Fault(f"{what} gave {kind_of(value)}; expected a dict of NumPy arrays by name")
-    return {name: an_array(f"{what}: {name}", leaf) for name, leaf in value.items()}
+    items = list(value.items())  # once: whoever makes them anew could make others
+    if not all(type(name) is str for name, _ in items):
+        raise Fault(f"{what} gave names that are no texts; expected a dict of NumPy arrays by name")
+    if len(dict(items)) < len(items):
+        raise Fault(f"{what} gave a name twice; expected a dict of NumPy arrays by name")
+    return {name: an_array(f"{what}: {name}", leaf) for name, leaf in items}
+
+
+def _remedy(value: Any) -> str:
+    """How the value becomes one, for the usual tensors."""
+    if hasattr(value, "detach"):
+        return ": x.detach().cpu().numpy()"
+    return ": np.array(x)" if hasattr(value, "__array__") else ""
 
 
 def a_loss(call: str, value: Any) -> float:
@@ -442,11 +474,20 @@ def kind_of(value: Any) -> str:
     if isinstance(value, (tuple, list)):
         return f"a {type(value).__name__} of {len(value)}"
     kind = type(value)
-    return f"a {kind.__name__}" if kind.__module__ == "builtins" else f"a {_full(kind)}"
+    name = kind.__name__ if kind.__module__ == "builtins" else _full(kind)
+    return f"{'an' if name[:1].lower() in 'aeio' else 'a'} {name}"
 
 
 def _full(kind: type) -> str:
     return f"{kind.__module__}.{kind.__name__}"
+
+
+def said(error: BaseException) -> str:
+    """The exception's name and message, cut to a length that can be shown."""
+    try:
+        return f"{type(error).__name__}: {error}"[:LONGEST]
+    except Exception:
+        return f"{type(error).__name__}: its message cannot be made"
 
 
 def trace_of(error: BaseException) -> str:

@@ -4,6 +4,7 @@ import collections
 import contextlib
 import dataclasses
 import json
+import math
 import os
 import queue
 import signal
@@ -14,8 +15,9 @@ import time
 from pathlib import Path
 from typing import Any
 
+from conformance.execute import plain
 from spec.config import Config
-from spec.goldens import Case, GoldenError
+from spec.goldens import Case
 
 ROOT = Path(__file__).resolve().parent.parent
 THREAD_VARIABLES = (
@@ -31,6 +33,10 @@ THREAD_VARIABLES = (
 START_LIMIT = 300.0  # seconds to start an interpreter and import a framework
 GRACE = 5.0  # seconds after a time limit, in which the worker ends itself and tells where it was
 KEPT = 64 * 1024  # bytes of stderr
+LINE = 16 * 2**20  # bytes of a reply; a longer one is none
+WAITING = 64  # replies that nobody has asked for yet; more are thrown away
+SHOWN = 4000  # characters of what a worker says
+POLL = 0.5  # seconds between two looks whether a worker that does not answer is alive
 
 
 class WorkerDied(Exception):
@@ -100,7 +106,7 @@ class WorkerProcess:
         self.hello: dict[str, Any] = {}
         self.starts = 0  # models and compiled functions are lost from one start to the next
         self._process: subprocess.Popen[bytes] | None = None
-        self._lines: queue.Queue[bytes | None] = queue.Queue()
+        self._lines: queue.Queue[bytes | None] = queue.Queue(WAITING)
         self._stderr: collections.deque[bytes] = collections.deque()
         self._drains: list[threading.Thread] = []
         self._id = 0
@@ -129,7 +135,7 @@ class WorkerProcess:
                 usage=True,
             ) from error
         self.starts += 1
-        self._lines, self._stderr = queue.Queue(), collections.deque()
+        self._lines, self._stderr = queue.Queue(WAITING), collections.deque()
         self._drains = [
             threading.Thread(target=drain, args=(self._process, store), daemon=True)
             for drain, store in ((_read_lines, self._lines), (_read_errors, self._stderr))
@@ -167,20 +173,15 @@ class WorkerProcess:
             self.start()
         except CannotStart as error:
             raise WorkerDied("crashed", str(error), "") from error
-        reply = self._exchange(request, timeout)
-        if reply.get("status") == "golden error":
-            raise GoldenError(reply["message"])
-        return reply
+        return self._exchange(request, timeout)
 
     def close(self) -> None:
         """End the process: ask it, then kill it and whatever it has started."""
         process, self._process = self._process, None
         if process is None:
             return
-        with contextlib.suppress(OSError, ValueError, subprocess.TimeoutExpired):
-            assert process.stdin is not None
-            process.stdin.write(b'{"do": "stop"}\n')
-            process.stdin.close()
+        _write(process, b'{"do": "stop"}\n', 1.0, last=True)
+        with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(2.0)
         _kill(process)
         for thread in self._drains:
@@ -188,31 +189,43 @@ class WorkerProcess:
 
     def _exchange(self, request: dict[str, Any], timeout: float) -> dict[str, Any]:
         assert self._process is not None
-        assert self._process.stdin is not None
         self._id += 1
         message = json.dumps({"id": self._id, "timeout": timeout, **request}) + "\n"
         start = time.monotonic()
-        try:
-            self._process.stdin.write(message.encode())
-            self._process.stdin.flush()
-            line = self._lines.get(timeout=timeout + GRACE)
-        except OSError:
-            line = None
-        except queue.Empty:
-            line = None
+        _write(self._process, message.encode(), timeout + GRACE)
+        line = self._line(start + timeout + GRACE)
         spent = time.monotonic() - start
         if line is not None:
             try:
                 reply = json.loads(line)
-                if isinstance(reply, dict) and reply.get("id") == self._id and "status" in reply:
-                    return reply
-            except ValueError:
-                pass
-            line_text = line[:200].decode(errors="replace").strip()
-            raise self._died("crashed", f"its worker answered with no reply: {line_text!r}")
+            except (ValueError, RecursionError):  # half a line, no UTF-8, nested without end
+                reply = None
+            if not isinstance(reply, dict) or reply.get("id") != self._id or "status" not in reply:
+                text = line[:200].decode(errors="replace").strip()
+                raise self._died("crashed", f"its worker answered with no reply: {text!r}")
+            try:
+                return checked(reply)
+            except (ValueError, OverflowError) as error:
+                raise self._died("crashed", f"its worker's reply has {error}") from error
         if spent >= timeout:
             raise self._died("timed out", f"no answer within {timeout:g} s")
         raise self._died("crashed", "")
+
+    def _line(self, end: float) -> bytes | None:
+        """The next line of the worker; None where the time is over, or the worker has ended.
+
+        Its end is looked for too, since a child that outlives it may keep the pipe open.
+        """
+        process, left = self._process, 0.0
+        assert process is not None
+        while (left := end - time.monotonic()) > 0:
+            ended = process.poll() is not None
+            try:
+                return self._lines.get(timeout=min(POLL, left))
+            except queue.Empty:
+                if ended:
+                    break
+        return None
 
     def _died(self, status: str, message: str) -> WorkerDied:
         process, self._process = self._process, None
@@ -226,6 +239,42 @@ class WorkerProcess:
             thread.join(1.0)
         stderr = b"".join(self._stderr).decode(errors="replace")[-4000:].strip()
         return WorkerDied(status, message or f"its process ended {_ending(code)}", stderr)
+
+
+def checked(reply: dict[str, Any]) -> dict[str, Any]:
+    """The reply, its texts cut to a length that can be shown, its numbers fit for JSON.
+
+    Raises ValueError, naming the field, where one is of a kind that the protocol does not have.
+    """
+    for field, (kind, what) in FIELDS.items():
+        if field in reply and not isinstance(reply[field], kind):
+            raise ValueError(f"{field} = {str(reply[field])[:80]!r}; expected {what}")
+    if not math.isfinite(reply.get("seconds", 0.0)):
+        raise ValueError(f"seconds = {reply['seconds']}; expected a finite number")
+    for field in ("status", "message", "trace", "missing", "name"):
+        if field in reply:
+            reply[field] = reply[field][-SHOWN:] if field == "trace" else reply[field][:SHOWN]
+    if "describe" in reply:
+        reply["describe"] = plain(reply["describe"])
+    for field in ("versions", "modes"):
+        held = reply.get(field, {})
+        if not all(isinstance(v, str) for v in (held.values() if field == "versions" else held)):
+            raise ValueError(f"{field} = {str(held)[:80]!r}; expected texts in it")
+    return reply
+
+
+FIELDS: dict[str, tuple[Any, str]] = {
+    "status": (str, "a text"),
+    "message": (str, "a text"),
+    "trace": (str, "a text"),
+    "missing": (str, "a text"),
+    "name": (str, "a text"),
+    "seconds": ((int, float), "a number"),
+    "describe": (dict, "an object"),
+    "versions": (dict, "an object"),
+    "modes": (list, "a list"),
+    "mode": ((str, type(None)), "a text, or null"),
+}
 
 
 def refusal(impl: Impl, setup: Setup, reply: dict[str, Any]) -> CannotStart:
@@ -294,10 +343,31 @@ def case_request(case: Case, given: Path | None = None) -> dict[str, Any]:
 
 
 def _read_lines(process: subprocess.Popen, lines: queue.Queue) -> None:
+    """Read stdout to its end, a line at a time, however long and however many they are."""
+    whole = True
     with contextlib.suppress(ValueError, OSError):
-        for line in process.stdout:  # type: ignore[union-attr]
-            lines.put(line)
-    lines.put(None)
+        while line := process.stdout.readline(LINE):  # type: ignore[union-attr]
+            if whole:  # of what is longer than a reply may be, the first part alone
+                with contextlib.suppress(queue.Full):
+                    lines.put_nowait(line)
+            whole = line.endswith(b"\n")
+    with contextlib.suppress(queue.Full):
+        lines.put_nowait(None)
+
+
+def _write(process: subprocess.Popen, data: bytes, timeout: float, last: bool = False) -> None:
+    """Write to stdin, for at most so many seconds: who does not read may let the pipe fill."""
+
+    def write() -> None:
+        with contextlib.suppress(OSError, ValueError):
+            process.stdin.write(data)  # type: ignore[union-attr]
+            process.stdin.flush()  # type: ignore[union-attr]
+            if last:
+                process.stdin.close()  # type: ignore[union-attr]
+
+    thread = threading.Thread(target=write, daemon=True)
+    thread.start()
+    thread.join(timeout)
 
 
 def _read_errors(process: subprocess.Popen, kept: collections.deque) -> None:

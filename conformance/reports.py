@@ -429,7 +429,7 @@ def _table(rows: Sequence[Sequence[str]]) -> list[str]:
 
 def _plain(text: str) -> str:
     """The text on one line, with nothing that Markdown would take as markup."""
-    return re.sub(r"([\\`*_<>\[\]|])", r"\\\1", " ".join(text.split()))
+    return re.sub(r"([\\`*_<>\[\]|])", r"\\\1", " ".join(printable(text).split()))
 
 
 def write(path: Path, data: bytes) -> None:

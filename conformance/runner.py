@@ -1,11 +1,13 @@
 """Chooses cases, runs them on backends, judges the results."""
 
+import contextlib
 import dataclasses
 import difflib
 import fnmatch
 import functools
 import math
 import os
+import stat
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -13,8 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError
-from safetensors.numpy import load_file
+from safetensors.numpy import load
 
 from conformance import diagnose
 from conformance.compare import Finding, compare_case, hidden
@@ -23,6 +24,7 @@ from conformance.process import Impl, Setup, WorkerDied, WorkerProcess, case_req
 from spec.backend import ARRAY_DTYPES, REQUIRED_DTYPES
 from spec.goldens import Case, GoldenError, Goldens
 
+RESULTS = 64 * 2**20  # bytes that a file of results may have beside four times those asked for
 RUN_TIME = 3  # times as long as another case may take: a training run is a hundred steps
 
 
@@ -301,10 +303,16 @@ class Suite:
 
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
-        self._folder = tempfile.TemporaryDirectory(prefix="conformance-")
+        # A child that a backend has left behind may still write there.
+        self._folder = tempfile.TemporaryDirectory(
+            prefix="conformance-", ignore_cleanup_errors=True
+        )
         self.folder = Path(self._folder.name)
         # What a worker is told of the goldens has no expected value in it.
-        plan.goldens.copy_inputs(self.folder / "inputs")
+        self._inputs = plan.goldens.inputs()
+        self._writing = threading.Lock()
+        self._written: dict[str, tuple[int, int]] = {}  # file -> size and time
+        self.give_inputs()
         self.setup = dataclasses.replace(plan.setup, goldens=self.folder / "inputs")
         self.workers: dict[tuple[str, str], WorkerProcess] = {}
         self._made = 0
@@ -323,6 +331,25 @@ class Suite:
         self.stopped.set()
         for worker in self.workers.values():
             worker.close()
+
+    def give_inputs(self) -> None:
+        """Write what workers are told of the goldens, anew where a backend has touched it."""
+        folder = self.folder / "inputs"
+
+        def seen(name: str) -> tuple[int, int] | None:
+            with contextlib.suppress(OSError):
+                found = os.lstat(folder / name)
+                return found.st_size, found.st_mtime_ns
+            return None
+
+        with self._writing:
+            for name, data in self._inputs.items():
+                if self._written.get(name) is None or seen(name) != self._written[name]:
+                    folder.mkdir(parents=True, exist_ok=True)
+                    path = folder / f"{name}.new"
+                    path.write_bytes(data)
+                    os.replace(path, folder / name)
+                    self._written[name] = seen(name) or (0, 0)
 
     def worker(self, impl: Impl, dtype: str) -> WorkerProcess:
         """The worker of this backend and dtype."""
@@ -353,6 +380,7 @@ class Suite:
     ) -> tuple[Outcome, dict[str, Any]]:
         """What came of one case in its worker, and the worker's reply."""
         worker = self.worker(impl, dtype)
+        self.give_inputs()
         path = None
         if given is not None:
             from safetensors.numpy import save_file
@@ -367,14 +395,16 @@ class Suite:
             return Outcome(died.status, {}, seconds, died.message, died.stderr), {}
         fields = {key: reply[key] for key in ("seconds", "message", "trace") if key in reply}
         outcome = Outcome(reply["status"], **fields)
+        if outcome.status == "golden error":  # its inputs were touched: all anew for the next case
+            self._written.clear()
+            said = f"its worker could not read the inputs it was given: {outcome.message}"
+            outcome.status, outcome.message = "error", said
         if outcome.status not in ("done", "fault", "error", "not implemented"):
             outcome.status, outcome.message = "error", f"its worker answered {reply['status']!r}"
         if outcome.status == "done":
-            file = worker.folder / Path(str(reply.get("file"))).name
             try:
-                outcome.results = load_file(file)
-                file.unlink()
-            except (OSError, SafetensorError, ValueError, KeyError) as error:
+                outcome.results = read_results(worker.folder, reply.get("file"), most_bytes(case))
+            except Exception as error:  # whatever a stranger's bytes make a parser raise
                 outcome.status = "error"
                 outcome.message = f"the worker's file of results cannot be read: {error}"
         return outcome, reply
@@ -415,6 +445,33 @@ class Suite:
             seen(result)
         finish(column.results)
         return column
+
+
+def most_bytes(case: Case) -> int:
+    """The size in bytes that no file of the case's results needs to have."""
+    elements = sum(math.prod(output.shape) for output in case.outputs)
+    return RESULTS + 4 * 8 * elements
+
+
+def read_results(folder: Path, name: Any, limit: int) -> dict[str, np.ndarray]:
+    """The tensors of a worker's file of results, which is then removed.
+
+    Raises ValueError or OSError for what is no file of its folder, or larger than the limit. It is
+    read, not mapped: whoever wrote it may still cut it.
+    """
+    if not isinstance(name, str) or name != Path(name).name or name in ("", ".", ".."):
+        raise ValueError(f"file = {name!r} is no name of a file in its folder")
+    path = folder / name
+    flags = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
+    with open(os.open(path, flags | getattr(os, "O_BINARY", 0)), "rb") as file:
+        found = os.fstat(file.fileno())
+        if not stat.S_ISREG(found.st_mode) or found.st_nlink > 1:
+            raise ValueError(f"{name} is no file of its own, but a pipe, a device or a link")
+        data = file.read(limit + 1)
+    if len(data) > limit:
+        raise ValueError(f"{name} is larger than {limit} bytes, which no result of this case needs")
+    path.unlink()
+    return load(data)
 
 
 def finite(value: float | None) -> float | str | None:

@@ -8,6 +8,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,29 +21,49 @@ FRAMEWORKS = ("torch", "tensorflow", "tensorflow-cpu", "keras", "jax", "jaxlib",
 VERSIONS = ("numpy", *FRAMEWORKS, "safetensors")
 
 
-def take_streams() -> tuple[TextIO, TextIO]:
+def take_streams() -> tuple[TextIO, TextIO, int]:
     """Requests and replies on the real stdin and stdout, which are then closed to the backend.
 
-    Whatever anybody prints, in Python or below it, goes to stderr; who reads finds an end of file.
+    The third is a copy of stderr's descriptor. Whatever anybody prints, in Python or below it, goes
+    to stderr; who reads finds an end of file.
     """
     requests = os.fdopen(os.dup(0), encoding="utf-8")
     replies = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    with open(os.devnull, "rb") as nothing:
-        os.dup2(nothing.fileno(), 0)
-    os.dup2(2, 1)
-    sys.stdout = sys.stderr
-    return requests, replies
+    errors = os.dup(2)
+    give_streams(errors)
+    return requests, replies, errors
+
+
+def give_streams(errors: int) -> None:
+    """Give the backend its streams, anew where it has closed or replaced them in a call before."""
+    nothing = os.open(os.devnull, os.O_RDONLY)
+    if nothing != 0:
+        os.dup2(nothing, 0)
+        os.close(nothing)
+    os.dup2(errors, 1)
+    os.dup2(errors, 2)
+    if sys.stdin is None or sys.stdin.closed:
+        sys.stdin = open(os.devnull, encoding="utf-8")  # noqa: SIM115
+    if sys.stderr is None or sys.stderr.closed:
+        sys.stderr = os.fdopen(os.dup(errors), "w", encoding="utf-8", errors="backslashreplace")
+    if sys.stdout is None or sys.stdout.closed or sys.stdout is sys.__stdout__:
+        sys.stdout = sys.stderr
 
 
 @contextlib.contextmanager
-def time_limit(seconds: float | None) -> Iterator[None]:
-    """End the process, with a traceback of every thread on stderr, when the time is over."""
+def time_limit(seconds: float | None, errors: int) -> Iterator[None]:
+    """End the process, with a traceback of every thread on stderr, when the time is over.
+
+    An alarm that the backend has set ends with the request that it was set in.
+    """
     if seconds:
-        faulthandler.dump_traceback_later(seconds, exit=True, file=sys.__stderr__ or sys.stderr)
+        faulthandler.dump_traceback_later(seconds, exit=True, file=errors)
     try:
         yield
     finally:
         faulthandler.cancel_dump_traceback_later()
+        if hasattr(signal, "setitimer"):
+            signal.setitimer(signal.ITIMER_REAL, 0)
 
 
 def versions() -> dict[str, str]:
@@ -90,9 +111,8 @@ class Worker:
             known = missing != name and not name.startswith(f"{missing}.")
             status = "dependency missing" if known else "no such module"
             return {"status": status, "missing": missing, "message": str(error)}
-        lacking = [part for part in ("name", "modes", "open") if not hasattr(backend, part)]
-        if lacking:
-            return {"status": "no backend", "message": f"{name} has no {', '.join(lacking)}"}
+        if message := unfit(name, backend):
+            return {"status": "no backend", "message": message}
         dtypes = getattr(backend, "dtypes", REQUIRED_DTYPES)
         if request["dtype"] not in dtypes:
             message = f"{name} has no {request['dtype']}; it has {', '.join(dtypes)}"
@@ -127,6 +147,7 @@ class Worker:
         del reply["results"]
         if outcome.status == "done":
             self.count += 1
+            self.folder.mkdir(parents=True, exist_ok=True)  # a backend may have removed it
             path = self.folder / f"{self.count}.safetensors"
             save_file({key: value.copy(order="C") for key, value in outcome.results.items()}, path)
             reply["file"] = path.name
@@ -160,6 +181,19 @@ class Worker:
         return {"status": "done", **self.trainer.part(request)}
 
 
+def unfit(name: str, backend: Any) -> str:
+    """Why a module is no backend; empty for one that is."""
+    lacking = [part for part in ("name", "modes", "open") if not hasattr(backend, part)]
+    if lacking:
+        return f"{name} has no {', '.join(lacking)}"
+    modes = backend.modes
+    if isinstance(modes, str) or not modes or not all(isinstance(mode, str) for mode in modes):
+        return f'{name} has modes = {modes!r}; expected a tuple such as ("eager",)'
+    if not isinstance(backend.name, str) or not callable(backend.open):
+        return f"{name} has a name that is no text, or an open that cannot be called"
+    return ""
+
+
 def read_case(entry: dict[str, Any]) -> Any:
     """The Case of a request: what to call with which inputs, and no outputs."""
     from spec.config import config_from_dict
@@ -189,22 +223,24 @@ def limit_cores(count: int) -> None:
 
 def main() -> None:
     """Answer requests until `stop` or the end of the input."""
-    requests, replies = take_streams()
+    requests, replies, errors = take_streams()
     worker = Worker()
     for line in requests:
         request = json.loads(line)
         if request.get("do") == "stop":
             break
         try:
-            with time_limit(request.get("timeout")):
+            with time_limit(request.get("timeout"), errors):
                 reply = worker.answer(request)
-        except Exception as error:
-            from conformance.execute import trace_of
+        except BaseException as error:  # no Ctrl-C comes here: the process has a session of its own
+            from conformance.execute import said, trace_of
             from spec.goldens import GoldenError
 
             status = "golden error" if isinstance(error, GoldenError) else "error"
-            reply = {"status": status, "message": f"{type(error).__name__}: {error}"}
-            reply["trace"] = trace_of(error)
+            reply = {"status": status, "message": said(error), "trace": trace_of(error)}
+            if worker.session is not None:
+                worker.session.forget()  # what was left half done must not reach other cases
+        give_streams(errors)
         replies.write(json.dumps({"id": request.get("id"), **reply}, default=str) + "\n")
         replies.flush()
 

@@ -95,6 +95,10 @@ class Goldens:
         )
 
     def _read_file(self, stem: str) -> dict[str, np.ndarray]:
+        return parse_safetensors(self._bytes(stem))
+
+    def _bytes(self, stem: str) -> bytes:
+        """The content of a file, its hash verified."""
         path = self._path(stem)
         if stem not in self.files:
             raise GoldenError(f"golden {path.name} is not in the manifest; {REMEDY}")
@@ -109,7 +113,7 @@ class Goldens:
                 f"golden {path.name} has sha256 {sha256(data)}, the manifest says "
                 f"{self.files[stem]}: the file was changed; {REMEDY}"
             )
-        return parse_safetensors(data)
+        return data
 
     def verify(self) -> None:
         """Check every file against the manifest, both ways, and every expected tensor's hash."""
@@ -128,15 +132,22 @@ class Goldens:
             for output in case.outputs:
                 self.expected(case, output)
 
-    def copy_inputs(self, folder: Path) -> None:
-        """Write the manifest, and the files that hold inputs, to a folder: no expected tensor."""
-        folder.mkdir(parents=True, exist_ok=True)
+    def inputs(self) -> dict[str, bytes]:
+        """File -> content of a folder that has the inputs of all cases, and no case.
+
+        Nothing in it tells of an expected tensor, not even its hash, from which one number could be
+        found by trying.
+        """
         named = {ref for case in self.cases for ref in (*case.inputs.values(), case.params or "")}
         stems = {reference.partition(":")[0] for reference in named} & set(self.files)
-        for stem in sorted(stems):
-            (folder / f"{stem}.safetensors").write_bytes(self._path(stem).read_bytes())
-        manifest = "manifest.json"
-        (folder / manifest).write_bytes((self.folder / manifest).read_bytes())
+        found = {f"{stem}.safetensors": self._bytes(stem) for stem in sorted(stems)}
+        kept = {
+            stem: digest
+            for stem, digest in self.files.items()
+            if stem in stems or stem.startswith("checkpoints/")
+        }
+        manifest = {"format": FORMAT, "made_with": self.made_with, "files": kept, "cases": []}
+        return {**found, "manifest.json": json.dumps(manifest).encode()}
 
     def holds(self, reference: str) -> bool:
         """Whether there is a tensor of this reference."""
