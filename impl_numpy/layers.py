@@ -22,13 +22,18 @@ def time_table(timesteps: int, width: int) -> np.ndarray:
     return np.concatenate([np.sin(angles), np.cos(angles)], axis=1)
 
 
+def column_sums(rows: np.ndarray) -> np.ndarray:
+    """[N, C] -> [C]: as a product, which is many times faster than a sum over the first axis."""
+    return np.ones(len(rows), rows.dtype) @ rows
+
+
 def linear(p: dict, name: str, x: np.ndarray):
     """x [..., I] -> [..., O]."""
     w = p[f"{name}.weight"]
 
     def back(dy, g):
         rows = dy.reshape(-1, dy.shape[-1])
-        add(g, f"{name}.bias", rows.sum(0))
+        add(g, f"{name}.bias", column_sums(rows))
         add(g, f"{name}.weight", rows.T @ x.reshape(-1, x.shape[-1]))
         return dy @ w
 
@@ -76,7 +81,7 @@ def conv(p: dict, name: str, x: np.ndarray, stride: int = 1, pad: tuple[int, int
     def rows_of(x):
         if k > 1:
             x = spread(x, height + sum(pad), width + sum(pad), pad[0])
-        return windows(np.ascontiguousarray(x), k, stride)
+        return windows(x, k, stride)
 
     y = rows_of(x) @ w.reshape(-1, out)
     y += p[f"{name}.bias"]
@@ -91,11 +96,6 @@ def conv(p: dict, name: str, x: np.ndarray, stride: int = 1, pad: tuple[int, int
         return (windows(dy, k) @ flipped).reshape(x.shape)  # a convolution again, kernel flipped
 
     return y.reshape(b, (height + sum(pad) - k) // stride + 1, -1, out), back
-
-
-def column_sums(rows: np.ndarray) -> np.ndarray:
-    """[N, C] -> [C]: as a product, which is many times faster than a sum over the first axis."""
-    return np.ones(len(rows), rows.dtype) @ rows
 
 
 def group_norm(p: dict, name: str, x: np.ndarray, groups: int):
