@@ -29,6 +29,7 @@ from spec.cases import (
 from spec.config import Config, ConfigError
 from spec.noise import uniforms
 from spec.params import parameter_count, parameter_shapes
+from spec.reference import make_schedule
 from spec.tolerance import FEW_SEEDS
 
 # Of each element, float64 builds of a schedule lose 2^-53 / (1 - alphas_cumprod[0]): 2e-11 here,
@@ -67,7 +68,8 @@ def _problems(config: Config):
             "the middle's attention has a single pixel, so that the gradients of to_q and to_k "
             "are zero but for rounding (S8); use larger images, or fewer levels"
         )
-    betas = _betas(config)
+    with np.errstate(all="ignore"):  # of a schedule that is refused below, tables may be infinite
+        betas = make_schedule(config)["betas"]
     if betas[0] < LEAST_NOISE:
         yield (
             f"its first beta, {betas[0]:.2g}, is below {LEAST_NOISE:g}: float64 itself then loses "
@@ -85,15 +87,6 @@ def _problems(config: Config):
             "use smaller images, narrower channels or fewer blocks: what is wrong in a large "
             "network is wrong in a small one of the same kind"
         )
-
-
-def _betas(config: Config) -> np.ndarray:
-    """Near enough to the betas of S1 to see whether a schedule can be served."""
-    if config.schedule == "linear":
-        return np.linspace(config.beta_start, config.beta_end, config.timesteps)
-    angles = (np.arange(config.timesteps + 1) / config.timesteps + 0.008) / 1.008 * np.pi / 2
-    f = np.cos(angles) ** 2
-    return np.minimum(1 - f[1:] / f[:-1], 0.999)
 
 
 def work(config: Config) -> float:
