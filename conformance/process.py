@@ -216,7 +216,7 @@ class WorkerProcess:
 
         Its end is looked for too, since a child that outlives it may keep the pipe open.
         """
-        process, left = self._process, 0.0
+        process = self._process
         assert process is not None
         while (left := end - time.monotonic()) > 0:
             ended = process.poll() is not None
