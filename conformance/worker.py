@@ -154,7 +154,7 @@ class Worker:
         return {**reply, "describe": self.session.describe, "versions": versions()}
 
     def time(self, request: dict[str, Any]) -> dict[str, Any]:
-        """Part of a timing: see conformance/bench.py."""
+        """Part of a timing: see conformance/bench/steps.py."""
         from conformance.bench import Timer
 
         if request["part"] == "open":
