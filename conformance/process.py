@@ -92,28 +92,31 @@ class Setup:
 
 
 def environment(dtype: str, setup: Setup, backend: str = "") -> dict[str, str]:
-    """The environment of a worker: threads pinned, float64 allowed in JAX, devices as asked.
+    """The environment of a worker: that of `pinned`, and what its mode needs besides."""
+    env = pinned(dtype, setup.device, setup.threads)
+    for name, value in MODE_ENVIRONMENT.get((backend, setup.mode or ""), {}).items():
+        value = value.format(threads=setup.threads)
+        # what the user has in XLA_FLAGS stays; of two values of one flag the last counts
+        env[name] = f"{env.get(name, '')} {value}".strip() if name == "XLA_FLAGS" else value
+    return env
 
-    And what the backend's mode needs besides, by MODE_ENVIRONMENT.
-    """
+
+def pinned(dtype: str, device: str, threads: int) -> dict[str, str]:
+    """An environment with threads pinned, float64 allowed in JAX, and devices as asked."""
     paths = [os.getcwd(), str(ROOT), os.environ.get("PYTHONPATH", "")]
     env = {
         **os.environ,
-        **dict.fromkeys(THREAD_VARIABLES, str(setup.threads)),
+        **dict.fromkeys(THREAD_VARIABLES, str(threads)),
         "PYTHONPATH": os.pathsep.join(dict.fromkeys(path for path in paths if path)),
         "PYTHONIOENCODING": "utf-8",
         "JAX_ENABLE_X64": "1" if dtype == "float64" else "0",
     }
     env.pop("NVIDIA_TF32_OVERRIDE", None)  # it would decide in the place of the column
-    if setup.device == "cpu":
+    if device == "cpu":
         env["CUDA_VISIBLE_DEVICES"] = ""
     else:  # the workers of several backends share one device
         env.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
         env.setdefault("TF_FORCE_GPU_ALLOW_GROWTH", "true")
-    for name, value in MODE_ENVIRONMENT.get((backend, setup.mode or ""), {}).items():
-        value = value.format(threads=setup.threads)
-        # what the user has in XLA_FLAGS stays; of two values of one flag the last counts
-        env[name] = f"{env.get(name, '')} {value}".strip() if name == "XLA_FLAGS" else value
     return env
 
 
