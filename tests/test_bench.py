@@ -13,7 +13,17 @@ import jsonschema
 import numpy as np
 import pytest
 
-from conformance.bench import command, gate, results, rounds, stats, table, workloads
+from conformance.bench import (
+    command,
+    compare,
+    gate,
+    results,
+    rounds,
+    shares,
+    stats,
+    table,
+    workloads,
+)
 from conformance.bench.subject import Subject, starting_params
 from conformance.execute import Session
 from conformance.process import MODE_ENVIRONMENT, CannotStart, Impl, Setup, environment
@@ -76,6 +86,15 @@ def test_the_interval_holds_the_true_median_about_as_often_as_it_says():
         low, high = stats.summarise(draw.normal(10, 1, (12, 3)).tolist()).interval
         held += low <= 10 <= high
     assert 86 <= held <= 100
+
+
+def test_the_medians_of_resampled_runs_are_those_of_their_samples(monkeypatch):
+    taken = [[3.0, 1.0], [2.0], [5.0, 4.0, 9.0], [2.0, 2.5]]
+    runs = stats.resampled(4)[:50]
+    expected = [np.median(np.concatenate([taken[i] for i in run])) for run in runs]
+    assert stats.medians(taken, runs).tolist() == expected
+    monkeypatch.setattr(stats, "CELLS", 40)  # several tables
+    assert stats.medians(taken, runs).tolist() == expected
 
 
 def test_what_rounds_of_a_process_share_widens_the_interval():
@@ -326,7 +345,7 @@ def place(tmp_path, monkeypatch):
 
 
 def bench(*arguments, expect=0):
-    options = ["--threads=1", "--seconds=0.02", "--out=out.json"]
+    options = ["--threads=1", "--seconds=0.02", "--out=out.json", "--ceiling-seconds=0"]
     with pytest.raises(SystemExit) as ended:
         command.main(["run", *options, *arguments])
     assert ended.value.code == expect
@@ -607,6 +626,9 @@ def test_a_file_of_something_else_is_refused(tmp_path, text, words, capsys):
         (["--seed=-1"], "--seed -1 is negative"),
         (["--timeout=0"], "--timeout 0 is outside"),
         (["--out=."], "--out . cannot be written"),
+        (["--ceiling-seconds=-1"], "--ceiling-seconds -1 is outside"),
+        (["--peer=keras", "--peer=keras"], "--peer keras is given twice"),
+        (["--impl=impl_numpy", "--peer=no_peer"], "'no_peer' is not a module"),
         (["--impl=impl_numpy", "--impl=impl_numpy"], "given twice"),
         (["--impl=no_such_backend"], "'no_such_backend' is not a module"),
         (["--impl=impl_numpy", "--mode=xla"], "--mode 'xla' is none of any backend here"),
@@ -672,3 +694,127 @@ def test_tables_are_shown_with_and_without_rich(monkeypatch, with_rich):
 )
 def test_times_have_a_fitting_unit(value, text):
     assert table.seconds(value) == text
+
+
+def test_a_peer_whose_package_is_missing_says_how_to_get_it(place, capsys):
+    (place / "lonely.py").write_text("import package_that_nobody_has\n")
+    with pytest.raises(SystemExit) as ended:
+        command.main(["run", "--impl=impl_numpy", f"--peer=lonely={sys.executable}"])
+    assert ended.value.code == 2
+    said = capsys.readouterr().err
+    assert "lonely needs package_that_nobody_has" in said
+    assert "nox -s bench -- --peers" in said
+
+
+# --- ceilings and shares ---------------------------------------------------------------------
+
+
+def ceiling_of(flops, shapes=(), dtype="float32", device="cpu"):
+    return {
+        "library": "numpy",
+        "dtype": dtype,
+        "device": device,
+        "large": {"n": 512, "flops_per_second": flops},
+        "shapes": [{"m": m, "n": n, "k": k, "flops_per_second": flops} for m, n, k in shapes],
+        "copy_bytes_per_second": 1e10,
+    }
+
+
+def test_the_work_of_the_workloads_is_what_they_claim():
+    flops = {key: shares.work_of(w).flops for key, w in workloads.shipped().items()}
+    assert flops["S"] == pytest.approx(23.7e9, rel=0.005)
+    assert flops["M"] == pytest.approx(153.5e9, rel=0.005)
+    assert flops["L"] == pytest.approx(4.78e12, rel=0.005)
+    digits = workloads.shipped()["sample-digits"]
+    half = workloads.find("sample-digits", digits.batch // 2)
+    assert shares.work_of(half).flops == flops["sample-digits"] / 2
+    assert shares.work_of(digits).flops == sum(g.flops for g in shares.work_of(digits).gemms)
+
+
+def test_a_figure_is_a_share_of_the_best_ceiling():
+    work = shares.work_of(workloads.find("tiny"))
+    shapes = {(g.m, g.n, g.k) for g in work.gemms}
+    slow, fast = ceiling_of(1e9), ceiling_of(4e9)
+    large, own = shares.shares(work, [slow, fast], work.flops / 2e9)
+    assert large == pytest.approx(0.5)
+    assert own is None  # no rates of the shapes
+    large, own = shares.shares(
+        work, [ceiling_of(1e9, shapes), ceiling_of(2e9, shapes), fast], work.flops / 1e9
+    )
+    assert large == pytest.approx(0.25)
+    assert own == pytest.approx(0.5)
+    assert shares.shares(work, [], 1.0) == (None, None)
+
+
+def test_a_share_above_one_is_an_error():
+    workload = workloads.find("S")
+    work = shares.work_of(workload)
+    values = values_of(entry_of("S", "impl_torch"), entry_of("S", "impl_jax"))
+    values["ceilings"] = [
+        ceiling_of(work.flops * 0.8),  # a call takes 1 s
+        ceiling_of(work.flops * 9, dtype="bf16"),
+        ceiling_of(work.flops * 9, device="cuda"),
+    ]
+    shares.fill(values, [workload])
+    entry = values["runs"][0]
+    assert entry["share_large"] == pytest.approx(1.25, rel=0.01)
+    assert entry["status"] == "error"
+    assert entry["rank"] is None
+    assert "more than the machine can do" in entry["message"]
+    values = values_of(entry_of("S", "impl_torch"), entry_of("S", "peer", peer_network=True))
+    values["ceilings"] = [ceiling_of(work.flops * 2)]
+    shares.fill(values, [workload])
+    ours, other = values["runs"]
+    assert ours["status"] == "ok"
+    assert ours["share_large"] == pytest.approx(0.5, rel=0.01)
+    assert other["flops"] is other["share_large"] is None  # its network may be another
+    results.check(results.plain(values), "it")
+
+
+def test_a_run_measures_its_own_ceiling(place, capsys):
+    values = bench("--impl=impl_numpy", "--workload=tiny", "--ceiling-seconds=0.5")
+    (ceiling,) = values["ceilings"]
+    assert (ceiling["library"], ceiling["dtype"], ceiling["device"]) == ("numpy", "float32", "cpu")
+    assert ceiling["large"]["flops_per_second"] > 1e8
+    (run,) = values["runs"]
+    assert run["flops"] == values["work"][0]["flops"] > 1e6
+    assert 0 < run["share_large"] < 1
+    assert 0 < run["share_shapes"] < 1
+    assert "ceiling of numpy float32 on cpu: " in capsys.readouterr().out
+
+
+# --- comparing -------------------------------------------------------------------------------
+
+
+def test_comparing_says_what_changed_beyond_noise(tmp_path, capsys):
+    same, moved = (entry_of("S", "impl_numpy"), entry_of("S", "impl_torch"))
+    first = values_of(same, moved, entry_of("M", "impl_tf"))
+    faster = entry_of("S", "impl_torch", seconds=0.8, peak_memory=2**31)
+    moved["peak_memory"] = 2**30
+    second = values_of(entry_of("S", "impl_numpy", seconds=1.001), faster)
+    second["machine"] = {**second["machine"], "cpu": "another"}
+    first["ceilings"], second["ceilings"] = [ceiling_of(1e9)], [ceiling_of(2e9)]
+    for name, values in (("a", first), ("b", second)):
+        results.write(tmp_path / f"{name}.json", values)
+    with pytest.raises(SystemExit) as ended:
+        command.main(["compare", str(tmp_path / "a.json"), str(tmp_path / "b.json")])
+    assert ended.value.code == 0
+    entries = {entry["backend"]: entry for entry in compare.compare(first, second)}
+    assert list(entries) == ["impl_numpy", "impl_torch"]
+    assert entries["impl_numpy"]["verdict"] == "the same, within noise"
+    assert entries["impl_torch"]["verdict"] == "faster"
+    assert entries["impl_torch"]["ratio"] == pytest.approx(0.8)
+    back = {entry["backend"]: entry for entry in compare.compare(second, first)}
+    assert back["impl_torch"]["verdict"] == "slower"
+    said = capsys.readouterr().out
+    assert "1 of 2 changed beyond noise" in said
+    assert "another machine: cpu was a processor, is another" in said
+    assert "timed in the first alone: M, tf eager float32" in said
+    assert "peak memory was 1,024 MiB, is 2,048 MiB" in said
+    assert "ceiling on cpu is 2.00 times what it was" in said
+    assert "--thorough measures it" in said
+
+
+def test_two_files_with_nothing_in_common_are_compared_too(capsys):
+    compare.show(values_of(entry_of("S", "impl_tf")), values_of(entry_of("M", "impl_tf")))
+    assert "nothing was timed in both" in capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""The command line: `python -m conformance.bench run`, `show`, `compare`.
+"""The command line: `python -m conformance.bench run`, `show`, `compare`, `scaling`.
 
 By argparse and not typer: on a machine that has a GPU, the frameworks are often all that is there.
 """
@@ -11,15 +11,21 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from conformance.bench import machine, results, table, workloads
-from conformance.bench.rounds import PROCESSES, Bench, Contender, Plan, Run, find_contenders
+from conformance.bench import compare, machine, results, shares, table, workloads
+from conformance.bench.rounds import PROCESSES, Bench, Contender, Plan, Run, find_contenders, short
 from conformance.process import CannotStart, Impl, interpreter, shipped
 from conformance.runner import UsageError, check_threads, parse_impl
 from spec.backend import ARRAY_DTYPES
 from spec.config import ConfigError
-from spec.params import parameter_count
 
-DEVICES = ("cpu", "cuda", "auto")
+DEVICES = ("cpu", "cuda")
+# Other libraries, and the environment of each, which nox makes only where they are asked for.
+PEERS = {
+    "conformance.bench.peers.diffusers": "peers-torch",
+    "conformance.bench.peers.lucidrains": "peers-torch",
+    "conformance.bench.peers.keras": "peers-tf",
+    "conformance.bench.peers.nnx": "peers-jax",
+}
 LEAST_ROUNDS, MOST_ROUNDS = 5, 1000
 
 
@@ -60,6 +66,24 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument("--batch", type=int, help="images of a call, in place of the workload's")
     run.add_argument("--thorough", action="store_true", help=f"{PROCESSES} fresh processes of each")
     run.add_argument("--out", type=Path, default=Path("reports/bench.json"), help="the results")
+    run.add_argument("--peers", action="store_true", help="other libraries too, all that are known")
+    run.add_argument(
+        "--peer",
+        action="append",
+        default=[],
+        metavar="NAME[=PYTHON]",
+        help=f"one other library: {', '.join(map(short, PEERS))}, or a module; repeat for more",
+    )
+    run.add_argument(
+        "--ceiling-seconds",
+        type=float,
+        default=20.0,
+        help="for the ceiling of each library; 0 leaves it out (default: 20)",
+    )
+    differ = commands.add_parser("compare", help="say what changed between two files of results")
+    differ.add_argument("first", type=Path)
+    differ.add_argument("second", type=Path)
+    differ.set_defaults(command=compare_command)
     show = commands.add_parser("show", help="print the tables of a file of results")
     show.add_argument("file", type=Path)
     show.set_defaults(command=show_command)
@@ -113,6 +137,22 @@ def chosen_impls(chosen: argparse.Namespace) -> list[Impl]:
     return list(impls.values())
 
 
+def chosen_peers(chosen: argparse.Namespace) -> list[Impl]:
+    """The other libraries that were asked for. Raises UsageError for one given twice."""
+    known = {short(module): module for module in PEERS}
+    texts = list(chosen.peer) + ([*known] if chosen.peers else [])
+    peers: dict[str, Impl] = {}
+    for text in texts:
+        name, equals, _ = text.partition("=")
+        module = known.get(name, name)
+        python = interpreter(PEERS.get(module, module), chosen.device)
+        impl = parse_impl(f"{module}{text[len(name) :]}" if equals else module, python)
+        if impl.name in peers and text in chosen.peer:
+            raise UsageError(f"--peer {name} is given twice; give each once")
+        peers.setdefault(impl.name, impl)
+    return list(peers.values())
+
+
 def chosen_plan(
     chosen: argparse.Namespace, found: list[workloads.Workload], processes: int
 ) -> Plan:
@@ -126,6 +166,10 @@ def chosen_plan(
         raise UsageError(f"--seconds {chosen.seconds:g} is outside (0, 3600]; choose one inside")
     if not 0 < chosen.timeout <= 86400:
         raise UsageError(f"--timeout {chosen.timeout:g} is outside (0, 86400]; choose one inside")
+    if not 0 <= chosen.ceiling_seconds <= 3600:
+        raise UsageError(
+            f"--ceiling-seconds {chosen.ceiling_seconds:g} is outside [0, 3600]; choose one inside"
+        )
     if chosen.seed < 0:
         raise UsageError(f"--seed {chosen.seed} is negative; give 0 or more")
     return Plan(
@@ -155,52 +199,72 @@ def run_command(chosen: argparse.Namespace) -> int:
     found = list(dict.fromkeys(workloads.find(name, chosen.batch) for name in names))
     plan = chosen_plan(chosen, found, PROCESSES if chosen.thorough else 1)
     check_out(chosen.out)
-    impls, dtypes = chosen_impls(chosen), chosen.dtype or ["float32"]
+    impls, peers, dtypes = chosen_impls(chosen), chosen_peers(chosen), chosen.dtype or ["float32"]
     here = machine.describe(plan.threads)
     values = results.empty(plan, dtypes, here)
     values["work"] = [work_entry(workload) for workload in found]
+    problems: list[str] = []
     with table.progress() as seen:
-        contenders, lacking = find_contenders(impls, [], chosen.mode, dtypes, plan, seen)
+        contenders, lacking = find_contenders(impls, peers, chosen.mode, dtypes, plan, seen)
         refuse_lacking(chosen, contenders, lacking)
         here["before"] = machine.clocks()
-        bench = Bench(plan, contenders, {}, seen)
+        if chosen.ceiling_seconds:
+            measured = shares.measure(contenders, plan, chosen.ceiling_seconds, seen)
+            values["ceilings"], problems = measured
+        sizes = {entry["workload"]: entry["flops"] for entry in values["work"]}
+        bench = Bench(plan, contenders, sizes, seen)
         bench.run()
     here["after"] = machine.clocks()
     for workload in found:
         for contender, why in lacking:
             bench.runs.append(Run(workload, contender, "cannot start", why))
     results.fill(values, bench)
+    shares.fill(values, found)
     values["goals"] = table.goals(values)
     results.write(chosen.out, values)
     table.show(values)
+    for problem in problems:
+        print(problem)
     print(f"results: {chosen.out}")
-    asked = [run for run in bench.runs if not run.ok and not optional(chosen, run)]
-    return 0 if bench.complete and not asked else 1
+    failed = [entry for entry in values["runs"] if entry["status"] not in allowed(chosen, entry)]
+    return 0 if bench.complete and not failed and not problems else 1
 
 
-def optional(chosen: argparse.Namespace, run: Run) -> bool:
-    """Whether a run that cannot be started was not asked for by name."""
-    return run.status == "cannot start" and not chosen.impl
+def allowed(chosen: argparse.Namespace, entry: dict[str, Any]) -> tuple[str, ...]:
+    """What may become of a run: of those not asked for by name, that they are not there."""
+    if entry["peer"]:
+        return ("ok", "not implemented")
+    return ("ok",) if chosen.impl else ("ok", "cannot start")
 
 
 def refuse_lacking(
     chosen: argparse.Namespace, contenders: list[Contender], lacking: list[tuple[Contender, str]]
 ) -> None:
-    """Raise CannotStart where nothing can be timed, or a backend that was named cannot."""
-    if lacking and (chosen.impl or not contenders):
-        raise CannotStart("\n".join(why for _, why in lacking), usage=True)
+    """Raise CannotStart where nothing can be timed, or what was named cannot be."""
+    named = [why for contender, why in lacking if chosen.impl or contender.peer]
+    if any(contender.peer for contender, _ in lacking):
+        named.append("`nox -s bench -- --peers` makes the environments of the other libraries")
+    if named or not contenders:
+        raise CannotStart("\n".join(named or [why for _, why in lacking]), usage=True)
 
 
 def work_entry(workload: workloads.Workload) -> dict[str, Any]:
     """What one call of a workload is."""
+    work = shares.work_of(workload)
     return {
         "workload": workload.key,
         "text": workload.text,
         "batch": workload.batch,
-        "parameters": parameter_count(workload.config),
-        "flops": None,
-        "bytes": None,
+        "parameters": work.parameters,
+        "flops": work.flops,
+        "bytes": work.bytes,
     }
+
+
+def compare_command(chosen: argparse.Namespace) -> int:
+    """Print what changed from one file of results to another."""
+    compare.show(results.read(chosen.first), results.read(chosen.second))
+    return 0
 
 
 def show_command(chosen: argparse.Namespace) -> int:

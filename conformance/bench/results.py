@@ -59,6 +59,7 @@ def run_entry(run: Run) -> dict[str, Any]:
         "mode": run.contender.mode,
         "dtype": run.contender.dtype,
         "peer": run.contender.peer,
+        "peer_network": bool(run.before and not run.before.full),
         "device": str(run.describe.get("device", "")),
         "status": run.status,
         "message": run.message,

@@ -76,7 +76,7 @@ class Run:
 
     workload: Workload
     contender: Contender
-    status: str = "ok"  # failed check, error, crashed, timed out, cannot start, incomplete
+    status: str = "ok"  # or what schema.json lists
     message: str = ""
     starts: list[dict[str, float | None]] = dataclasses.field(default_factory=list)
     rounds: list[list[float]] = dataclasses.field(default_factory=list)  # seconds of each call
@@ -334,7 +334,9 @@ class _Turn:
             self.run.fail("error", "the worker was started anew between its check and its timing")
             return {}
         if reply["status"] != "done":
-            self.run.fail("error", reply.get("message", reply["status"]))
+            message = reply.get("message", reply["status"])
+            lacks = message.startswith(NotImplementedError.__name__)
+            self.run.fail("not implemented" if lacks else "error", message)
             return {}
         return reply
 

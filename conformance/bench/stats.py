@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 RESAMPLES = 2000
+CELLS = 2_000_000  # of a table at a time: resampled runs times samples
 LEVEL = 95.0  # percent of an interval
 Rounds = Sequence[Sequence[float]]  # seconds, by round
 
@@ -37,6 +38,8 @@ def resampled(count: int, processes: Sequence[int] = ()) -> np.ndarray:
     draw = np.random.Generator(np.random.Philox(key=0))
     places = np.asarray(processes if len(processes) else [0] * count)
     groups = [np.flatnonzero(places == process) for process in dict.fromkeys(places.tolist())]
+    if len(groups) == 1:
+        return draw.integers(count, size=(RESAMPLES, count))
     runs = []
     for _ in range(RESAMPLES):
         chosen = draw.integers(len(groups), size=len(groups))
@@ -47,8 +50,18 @@ def resampled(count: int, processes: Sequence[int] = ()) -> np.ndarray:
 
 def medians(rounds: Rounds, runs: np.ndarray) -> np.ndarray:
     """The median of all samples of each resampled run, [RESAMPLES]."""
-    arrays = [np.asarray(samples, float) for samples in rounds]
-    return np.array([np.median(np.concatenate([arrays[i] for i in run])) for run in runs])
+    samples = np.concatenate([np.asarray(r, float) for r in rounds])
+    of_round = np.repeat(np.arange(len(rounds)), [len(r) for r in rounds])
+    order = np.argsort(samples)
+    samples, of_round = samples[order], of_round[order]
+    found = []
+    for some in np.array_split(runs, max(1, len(runs) * len(samples) // CELLS)):
+        times = np.stack([(some == i).sum(axis=1) for i in range(len(rounds))], axis=1)
+        below = np.cumsum(times[:, of_round], axis=1)  # how many there are up to each sample
+        total = below[:, -1:]
+        middle = [samples[(below > at).argmax(axis=1)] for at in ((total - 1) // 2, total // 2)]
+        found.append((middle[0] + middle[1]) / 2)
+    return np.concatenate(found)
 
 
 def interval(drawn: np.ndarray) -> tuple[float, float]:
