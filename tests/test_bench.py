@@ -596,6 +596,17 @@ def test_results_are_written_and_read_as_they_are(tmp_path):
     assert not (tmp_path / "bad.json").exists()
 
 
+@pytest.mark.parametrize("path", sorted((HERE.parent / "results").glob("bench-*.json")), ids=str)
+def test_published_results_are_whole_and_by_the_schema(path):
+    values = results.read(path)
+    jsonschema.validate(values, json.loads(results.SCHEMA.read_text()))
+    assert values["complete"]
+    for entry in values["runs"]:
+        if entry["rank"] is not None:
+            assert entry["gate"]["before"]["passed"]
+            assert entry["gate"]["after"]["passed"]
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [
