@@ -207,14 +207,20 @@ class Bench:
     """Runs a plan; `runs` fills as it goes on, and holds what is done when it is interrupted."""
 
     def __init__(
-        self, plan: Plan, contenders: Sequence[Contender], sizes: dict[str, float], seen: Seen
+        self,
+        plan: Plan,
+        contenders: Sequence[Contender],
+        sizes: dict[str, float],
+        seen: Seen,
+        finished: Callable[["Bench"], None] = lambda bench: None,
     ) -> None:
         self.plan, self.contenders, self.say = plan, list(contenders), seen
+        self.finished = finished  # hears of each workload that is done
         self.clock = Clock(plan, sizes, len(contenders))
         self.runs: list[Run] = []
         self.complete = False
         self._order = random.Random(plan.seed)
-        self._turns: list[_Turn] = []
+        self._turns: list[Turn] = []
         self._pool = ThreadPoolExecutor()
 
     def seen(self, text: str) -> None:
@@ -225,6 +231,7 @@ class Bench:
         try:
             for workload in self.plan.workloads:
                 self._workload(workload)
+                self.finished(self)
             self.complete = True
         except KeyboardInterrupt:
             for run in self.runs:
@@ -251,7 +258,7 @@ class Bench:
         plan, count = self.plan, self.plan.processes
         name = workload.key if count == 1 else f"{workload.key}, process {process + 1} of {count}"
         self._turns = [
-            _Turn(run, plan, folder / str(i), answers) for i, run in enumerate(runs) if run.ok
+            Turn(run, plan, folder / str(i), answers) for i, run in enumerate(runs) if run.ok
         ]
         for turn in self._turns:
             self.seen(f"{name}: checking {turn.run.contender.text}")
@@ -283,7 +290,7 @@ class Bench:
                 job.result()
 
 
-class _Turn:
+class Turn:
     """One process of a contender on a workload."""
 
     def __init__(self, run: Run, plan: Plan, folder: Path, answers: Reference) -> None:
