@@ -110,9 +110,7 @@ def add_choices(
         metavar="NAME",
         help="a mode, or all; repeat for more (default: the usual one of each backend)",
     )
-    repeated(
-        "--dtype", choices=tuple(ARRAY_DTYPES), help="repeat for more (default: float32)"
-    )
+    repeated("--dtype", choices=tuple(ARRAY_DTYPES), help="repeat for more (default: float32)")
     command.add_argument("--peers", action="store_true", help="all other libraries that are known")
     repeated(
         "--peer",
@@ -238,7 +236,9 @@ def chosen_axes(texts: Sequence[str]) -> dict[str, Sequence[int]]:
     for text in texts:
         name, equals, values = text.partition("=")
         try:
-            axes[name] = [int(v) for v in values.split(",")] if equals else scaling.AXES.get(name, ())
+            axes[name] = (
+                [int(v) for v in values.split(",")] if equals else scaling.AXES.get(name, ())
+            )
         except ValueError as error:
             raise UsageError(f"--axis {text!r}: give whole numbers, as in batch=1,2,4") from error
     return axes or dict(scaling.AXES)

@@ -17,7 +17,7 @@ from conformance.bench.gate import AFTER, BEFORE, PARTS, FoundStep, Reference, V
 from conformance.bench.subject import starting_params
 from conformance.bench.workloads import Workload
 from conformance.process import CannotStart, Impl, Setup, WorkerDied, WorkerProcess
-from spec.config import Config
+from spec.config import load_config
 from spec.goldens import GOLDENS
 
 WARM_CALLS = 2  # after the first, untimed: some frameworks compile a second time
@@ -65,8 +65,9 @@ class Plan:
     seed: int  # of the order of turns
     timeout: float
 
-    def setup(self, mode: str | None, probe: Config) -> Setup:
-        """What its workers have in common."""
+    def setup(self, mode: str | None) -> Setup:
+        """What its workers have in common; a small config shows whether the device is there."""
+        probe = load_config("tiny")
         return Setup(GOLDENS, self.device, mode, self.threads, self.timeout, probe)
 
 
@@ -163,22 +164,21 @@ def find_contenders(
     found: list[Contender] = []
     lacking: list[tuple[Contender, str]] = []
     known: dict[str, tuple[str, ...]] = {}
-    probe = plan.workloads[0].config
     with tempfile.TemporaryDirectory(prefix="bench-") as folder:
         for impl in [*impls, *peers]:
             peer = impl in peers
-            for dtype in dtypes:
-                seen(f"asking {short(impl.name)} for its modes, {dtype}", None)
-                worker = WorkerProcess(impl, dtype, plan.setup(None, probe), Path(folder))
-                try:
-                    known[impl.name] = tuple(worker.start().get("modes", ()))
-                except CannotStart as error:
-                    lacking.append((Contender(impl, "", dtype, peer), str(error)))
-                    continue
-                finally:
-                    worker.close()
-                chosen = choose_modes(impl.name, known[impl.name], modes, plan.device, peer)
-                found += [Contender(impl, mode, dtype, peer) for mode in chosen]
+            seen(f"asking {short(impl.name)} for its modes", None)
+            # with the first precision: whether it has the others shows when they are started
+            worker = WorkerProcess(impl, dtypes[0], plan.setup(None), Path(folder))
+            try:
+                known[impl.name] = tuple(worker.start().get("modes", ()))
+            except CannotStart as error:
+                lacking += [(Contender(impl, "", dtype, peer), str(error)) for dtype in dtypes]
+                continue
+            finally:
+                worker.close()
+            chosen = choose_modes(impl.name, known[impl.name], modes, plan.device, peer)
+            found += [Contender(impl, mode, dtype, peer) for dtype in dtypes for mode in chosen]
     had = {mode for names in known.values() for mode in names}
     for mode in modes:
         if known and mode != "all" and mode not in had:
@@ -296,7 +296,7 @@ class Turn:
     def __init__(self, run: Run, plan: Plan, folder: Path, answers: Reference) -> None:
         self.run, self.plan, self.folder, self.answers = run, plan, folder, answers
         contender = run.contender
-        setup = plan.setup(contender.mode, run.workload.config)
+        setup = plan.setup(contender.mode)
         self.worker = WorkerProcess(contender.impl, contender.dtype, setup, folder)
         self.process = 0
 
