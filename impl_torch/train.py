@@ -63,9 +63,10 @@ def adam_update(params, grads, m, v, lr, step):
     """One step of Adam on params, m and v in place; step counts from 0."""
     correct1, correct2 = 1 - BETA1 ** (step + 1), 1 - BETA2 ** (step + 1)  # S9
     for name, g in grads.items():
-        m[name].mul_(BETA1).add_(g, alpha=1 - BETA1)
+        m[name].lerp_(g, 1 - BETA1)
         v[name].mul_(BETA2).addcmul_(g, g, value=1 - BETA2)
-        params[name] -= lr * (m[name] / correct1) / (torch.sqrt(v[name] / correct2) + EPS)
+        root = torch.sqrt(v[name] / correct2).add_(EPS)
+        params[name].addcdiv_(m[name], root, value=-lr / correct1)
 
 
 @torch.no_grad()
@@ -73,7 +74,7 @@ def ema_update(ema, params, ema_decay, step):
     """Move the EMA towards params in place; the decay grows with the step."""
     decay = min(ema_decay, (1 + step) / (10 + step))  # S9
     for name, p in params.items():
-        ema[name].mul_(decay).add_(p, alpha=1 - decay)
+        ema[name].lerp_(p, 1 - decay)
 
 
 def apply_gradients(state, config, grads):
