@@ -355,8 +355,8 @@ def tolerance_of(case: Case, output: Output, column: str) -> tuple[dict[str, flo
         number = isinstance(value, (int, float)) and not isinstance(value, bool)
         if not (number and 0 <= value < math.inf):
             raise GoldenError(
-                f"{what}: {column} tolerance {norm} = {ascii(value)[:40]} is not a finite number of "
-                "at least 0; correct the manifest"
+                f"{what}: {column} tolerance {norm} = {ascii(value)[:40]} is not a finite number "
+                "of at least 0; correct the manifest"
             )
         if value >= 1:
             why = "a result of zeros would be within it" if norm in RELATIVE else "it says nothing"
