@@ -88,7 +88,7 @@ def euclidean(x: np.ndarray) -> float:
     return largest * math.sqrt(float(np.sum((x / largest) ** 2)))
 
 
-def _error(norm: str, difference: np.ndarray, expected: np.ndarray) -> float:
+def one_error(norm: str, difference: np.ndarray, expected: np.ndarray) -> float:
     """The error in one norm; l2 and max of a zero golden are taken absolutely.
 
     "finite" has none here: NaN and infinity were refused before.
@@ -99,7 +99,7 @@ def _error(norm: str, difference: np.ndarray, expected: np.ndarray) -> float:
     if norm == "abs":
         return largest
     if norm == "each":
-        return float(np.max(_relative(difference, expected)))
+        return float(np.max(relative_error(difference, expected)))
     size = float(np.max(np.abs(expected)))
     error = largest / size if size else largest
     if norm == "max" or not error or not math.isfinite(largest):
@@ -109,7 +109,7 @@ def _error(norm: str, difference: np.ndarray, expected: np.ndarray) -> float:
     return error * euclidean(difference / largest) / shares
 
 
-def _relative(difference: np.ndarray, expected: np.ndarray) -> np.ndarray:
+def relative_error(difference: np.ndarray, expected: np.ndarray) -> np.ndarray:
     """|got - expected| / |expected| by element; infinite where only the golden is 0."""
     zero = expected == 0
     relative = difference / np.where(zero, 1.0, np.abs(expected))
@@ -155,10 +155,10 @@ def compare(case: Case, output: Output, dtype: str, expected: np.ndarray, got: o
     with np.errstate(all="ignore"):
         difference = np.abs(kept - golden)
         measures = tuple(
-            Measure(norm, _no_nan(_error(norm, difference, golden)), limit)
+            Measure(norm, _no_nan(one_error(norm, difference, golden)), limit)
             for norm, limit in limits.items()
         )
-        per_element = _relative(difference, golden) if "each" in limits else difference
+        per_element = relative_error(difference, golden) if "each" in limits else difference
     worst = int(np.argmax(per_element))
     index = tuple(int(i) for i in np.unravel_index(worst * output.stride, output.shape))
     finding = Finding(
