@@ -230,7 +230,14 @@ def judge(
     result.status = "failed" if bad else "passed"
     if bad and result.worst is not None:
         result.message = result.worst.text
-        result.clues = diagnose.clues(case, result.findings, outcome.results, expected, hide)
+        by_row = {
+            name: goldens.array(case.inputs[name])
+            for name in diagnose.BY_ROW
+            if goldens.holds(case.inputs.get(name, ""))
+        }
+        result.clues = diagnose.clues(
+            case, result.findings, outcome.results, expected, hide, by_row
+        )
     return result
 
 
