@@ -12,6 +12,7 @@ import typer
 
 from conformance import bench, coach, lines, parity, samples, show, starter
 from conformance.mutants.command import mutants
+from conformance.oracle import Fresh, check_fresh
 from conformance.process import (
     ROOT,
     CannotStart,
@@ -76,11 +77,12 @@ def _plan(
     globs: list[str],
     threads: int | None,
     timeout: float,
-    folder: Path,
+    folder: Path | Fresh,
 ) -> Plan:
     """Everything asked for, checked before any work. Raises UsageError or GoldenError.
 
-    No dtypes: those of the device, of which a backend may lack the optional ones.
+    No dtypes: those of the device, of which a backend may lack the optional ones. Fresh goldens are
+    made here, when all else is checked.
     """
     asked = bool(dtypes)
     chosen: dict[str, Impl] = {}
@@ -98,7 +100,10 @@ def _plan(
     if not 0 < timeout <= 86400:
         raise UsageError(f"--timeout {timeout:g} is outside (0, 86400] seconds; choose one inside")
     threads = check_threads(threads)
-    goldens = Goldens(folder.absolute())
+    if isinstance(folder, Fresh):
+        goldens = folder.make(dtypes, levels, globs)
+    else:
+        goldens = Goldens(folder.absolute())
     cases = select(goldens, levels, globs)
     goldens.verify()
     if not asked:  # goldens of one's own may have no tolerance for a column that may be lacking
@@ -134,6 +139,7 @@ def _refuse(error: Exception) -> typer.Exit:
 
 @app.command()
 def run(
+    context: typer.Context,
     impl: Impls,
     dtype: Annotated[
         list[str],
@@ -161,6 +167,22 @@ def run(
     ] = None,
     reports: Reports = Path("reports"),
     goldens: GoldensFolder = GOLDENS,
+    config: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE|NAME", help="Check against fresh goldens of this config: a .toml file."
+        ),
+    ] = None,
+    seed: Annotated[
+        int | None, typer.Option(help="Of the inputs of fresh goldens; default: 0.")
+    ] = None,
+    oracle: Annotated[
+        str | None,
+        typer.Option(metavar="PYTHON", help="The interpreter that makes fresh goldens."),
+    ] = None,
+    keep_goldens: Annotated[
+        Path | None, typer.Option(help="Folder, new or empty, that fresh goldens are left in.")
+    ] = None,
     timeout: Timeout = 300.0,
     threads: Threads = None,
     jobs: Annotated[
@@ -174,10 +196,14 @@ def run(
         bool, typer.Option("--hide-expected", help="Print and write no element of a golden.")
     ] = False,
 ) -> None:
-    """Check backends against the goldens; then time them and sample digits."""
+    """Check backends against the goldens; then time them and sample digits.
+
+    With --config, against goldens of that config, which are made first, on inputs that --seed
+    draws.
+    """
     out = show.console()
     watch = show.Watch(out)
-    everything = not level and not case
+    everything = not level and not case and config is None
     with_timing = everything if timing is None else timing
     with_samples = everything if samples_ is None else samples_
     try:
@@ -187,11 +213,26 @@ def run(
             raise UsageError(f"--rounds {rounds} is outside 1..1000; choose one inside")
         jobs = check_jobs(jobs)
         configs = bench.timing_configs(timing_config)
-        plan = _plan(impl, dtype, device, mode, level, case, threads, timeout, goldens)
-        plan.hide_expected = hide_expected
         check_place("--reports", reports, is_folder=True)
         if score:
             check_place("--score", score, is_folder=False)
+        fresh = {"--seed": seed, "--oracle": oracle, "--keep-goldens": keep_goldens}
+        if config is None:
+            if given := [option for option, value in fresh.items() if value is not None]:
+                raise UsageError(f"{given[0]} is for fresh goldens; give --config too")
+            plan = _plan(impl, dtype, device, mode, level, case, threads, timeout, goldens)
+        else:
+            if goldens != GOLDENS:
+                raise UsageError("--goldens and --config exclude each other; leave one out")
+            if with_samples:
+                raise UsageError("--samples is for the committed goldens; leave it or --config out")
+            folder = keep_goldens or Path(context.with_resource(tempfile.TemporaryDirectory()))
+            seed = check_fresh(seed, keep_goldens)
+            with watch.work() as told:
+                making = Fresh(load_config(config), seed, folder, oracle, jobs, told)
+                plan = _plan(impl, dtype, device, mode, level, case, threads, timeout, making)
+            watch.say(f"goldens of {making.config.name}, seed {seed}: {len(plan.cases)} cases")
+        plan.hide_expected = hide_expected
         with Suite(plan) as suite:
             try:
                 report = _run(suite, watch, jobs)

@@ -138,7 +138,7 @@ class WorkerProcess:
         self._lines, self._stderr = queue.Queue(WAITING), collections.deque()
         self._drains = [
             threading.Thread(target=drain, args=(self._process, store), daemon=True)
-            for drain, store in ((_read_lines, self._lines), (_read_errors, self._stderr))
+            for drain, store in ((_read_lines, self._lines), (read_errors, self._stderr))
         ]
         for thread in self._drains:
             thread.start()
@@ -183,7 +183,7 @@ class WorkerProcess:
         _write(process, b'{"do": "stop"}\n', 1.0, last=True)
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(2.0)
-        _kill(process)
+        kill(process)
         for thread in self._drains:
             thread.join(1.0)
 
@@ -234,7 +234,7 @@ class WorkerProcess:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(GRACE)
         code = process.poll()
-        _kill(process)
+        kill(process)
         for thread in self._drains:
             thread.join(1.0)
         stderr = b"".join(self._stderr).decode(errors="replace")[-4000:].strip()
@@ -370,7 +370,7 @@ def _write(process: subprocess.Popen, data: bytes, timeout: float, last: bool = 
     thread.join(timeout)
 
 
-def _read_errors(process: subprocess.Popen, kept: collections.deque) -> None:
+def read_errors(process: subprocess.Popen, kept: collections.deque) -> None:
     """Read stderr to its end, so that the worker never waits, and keep the last part of it."""
     size = 0
     with contextlib.suppress(ValueError, OSError):
@@ -381,7 +381,7 @@ def _read_errors(process: subprocess.Popen, kept: collections.deque) -> None:
                 size -= len(kept.popleft())
 
 
-def _kill(process: subprocess.Popen) -> None:
+def kill(process: subprocess.Popen) -> None:
     """Kill the process and every process of its session."""
     with contextlib.suppress(ProcessLookupError, PermissionError):
         if hasattr(os, "killpg"):

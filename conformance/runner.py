@@ -12,7 +12,7 @@ import tempfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 from safetensors.numpy import load
@@ -166,17 +166,38 @@ def available_cores() -> int:
     return os.cpu_count() or 1
 
 
+class Named(Protocol):
+    """What cases are chosen by."""
+
+    @property
+    def id(self) -> str: ...
+
+    @property
+    def level(self) -> int: ...
+
+
+C = TypeVar("C", bound=Named)
+
+
 def select(goldens: Goldens, levels: Sequence[int] = (), globs: Sequence[str] = ()) -> list[Case]:
     """The cases of these levels whose ids match one of the globs too, in the manifest's order.
 
     Raises UsageError for a level or a glob that matches nothing.
     """
-    known = sorted({case.level for case in goldens.cases})
+    chosen = matching(goldens.cases, levels, globs)
+    if not chosen:
+        raise UsageError(f"no case is selected; {goldens.folder / 'manifest.json'} has none")
+    return chosen
+
+
+def matching(cases: Sequence[C], levels: Sequence[int], globs: Sequence[str]) -> list[C]:
+    """Those of the cases that `select` chooses. Raises UsageError as it does."""
+    known = sorted({case.level for case in cases})
     for level in levels:
         if level not in known:
             text = ", ".join(map(str, known)) or "none"
             raise UsageError(f"--level {level} has no cases; the manifest has levels {text}")
-    chosen = [case for case in goldens.cases if not levels or case.level in levels]
+    chosen = [case for case in cases if not levels or case.level in levels]
     for glob in globs:
         if not any(fnmatch.fnmatchcase(case.id, glob) for case in chosen):
             ids = [case.id for case in chosen]
@@ -190,8 +211,6 @@ def select(goldens: Goldens, levels: Sequence[int] = (), globs: Sequence[str] = 
             )
     if globs:
         chosen = [c for c in chosen if any(fnmatch.fnmatchcase(c.id, glob) for glob in globs)]
-    if not chosen:
-        raise UsageError(f"no case is selected; {goldens.folder / 'manifest.json'} has none")
     return chosen
 
 

@@ -92,6 +92,32 @@ class Watch:
         yield written
 
     @contextlib.contextmanager
+    def work(self) -> Iterator[Callable[[str, int, int], None]]:
+        """Follows work of several kinds: gives what hears how much of a kind is done, and of how
+        much.
+        """
+        tasks: dict[str, Any] = {}
+        if self.out.is_terminal:
+            with self._bar() as bar:
+
+                def barred(what: str, done: int, total: int) -> None:
+                    if what not in tasks:
+                        tasks[what] = bar.add_task(what, total=total, now="")
+                    bar.update(tasks[what], completed=done)
+
+                yield barred
+            return
+
+        def written(what: str, done: int, total: int) -> None:
+            if what not in tasks:
+                self.say(f"{what}: {total} to do ...")
+                tasks[what] = True
+            if done == total:
+                self.say(f"{what}: done")
+
+        yield written
+
+    @contextlib.contextmanager
     def steps(self, name: str) -> Iterator[Callable[[str], None]]:
         """Follows work whose steps say what they are."""
         if self.out.is_terminal:
