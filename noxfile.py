@@ -1,4 +1,4 @@
-"""The jobs of this repository: `nox -s conformance`, `tests`, `lint`, `goldens` and `mutants`.
+"""The jobs of this repository: `nox -s conformance`, `bench`, `tests`, `lint` and others.
 
 Each backend runs in an environment of its own, so that no two frameworks meet in one process.
 Environments stand in .nox/ and are kept until their requirement files change.
@@ -19,6 +19,7 @@ ENVIRONMENTS = ROOT / ".nox"
 REQUIREMENTS = ROOT / "requirements"
 ACCELERATORS = ("cpu", "cuda")
 STAMP = "made-from.sha256"  # in an environment: the fingerprint of its requirements
+BENCH_COMMANDS = ("run", "scaling", "show", "compare")
 ORDER = ("numpy", "torch", "tf", "jax")  # in which reports name the backends
 
 nox.needs_version = ">=2024.3.2"
@@ -201,6 +202,40 @@ def conformance(session: nox.Session) -> None:
         oracle = ["--oracle", oracle_environment(session)]
     command = ["-m", "conformance", "run", *implementations, *device, *oracle, *request.passed_on]
     session.run(runner, *command, external=True)
+
+
+@nox.session
+def bench(session: nox.Session) -> None:
+    """Time the backends: `-- [show|compare FILE ...] [numpy torch ...] [--peers] [...]`.
+
+    `--accelerator cpu|cuda` is as above; the rest goes on to `python -m conformance.bench run`.
+    """
+    command, arguments = "run", list(session.posargs)
+    if arguments and arguments[0] in BENCH_COMMANDS:
+        command = arguments.pop(0)
+    runner = environment(session, "base")
+    if command in ("show", "compare"):
+        session.run(runner, "-m", "conformance.bench", command, *arguments, external=True)
+        return
+    try:
+        request = parse(arguments, present_backends())
+    except ValueError as error:
+        session.error(str(error))
+    accelerator = request.accelerator
+    session.log(f"accelerator: {accelerator} ({request.reason})")
+    implementations = []
+    for name in request.backends:
+        if name == "numpy" and accelerator == "cuda":
+            session.log("numpy is left out: it runs on the CPU; `--accelerator cpu` times it")
+            continue
+        python = environment(session, f"{name}-{accelerator}")
+        implementations += ["--impl", f"impl_{name}={python}"]
+    if "--peers" in request.passed_on:
+        for path in sorted(REQUIREMENTS.glob(f"peers-*-{accelerator}.txt")):
+            environment(session, path.stem)  # the command finds them there
+    device = ["--device", accelerator]
+    command_line = ["-m", "conformance.bench", command, *implementations, *device]
+    session.run(runner, *command_line, *request.passed_on, external=True)
 
 
 @nox.session

@@ -30,6 +30,15 @@ GENERATORS = {"torch", "diffusers", "mpmath"}  # the sources of the goldens, and
 GENERATOR_FILES = {"spec/generate.py", "spec/oracle.py", "spec/floor.py", "spec/tables.py"}
 # What a dataset's files need, where they are read.
 DATA = {"spec/archives.py": {"pooch"}, "spec/folder.py": {"PIL"}}
+# The benchmark measures what each library can do, and other networks beside ours. Each library is
+# imported where it is used, in a process of its own.
+MEASURED = {
+    "conformance/bench/ceiling.py": {"torch", "tensorflow", "jax"},
+    "conformance/bench/peers/diffusers.py": {"torch", "diffusers"},
+    "conformance/bench/peers/lucidrains.py": {"torch", "denoising_diffusion_pytorch"},
+    "conformance/bench/peers/keras.py": {"tensorflow", "keras"},
+    "conformance/bench/peers/nnx.py": {"jax", "flax", "optax"},
+}
 # What an implementation shares with the others: data, names and checks, never arithmetic.
 SHARED = {"spec.backend", "spec.config", "spec.noise", "spec.params"}
 PARALLEL = ("schedule.py", "diffusion.py", "train.py", "params.py")
@@ -65,7 +74,7 @@ def allowed_imports(path: str) -> set[str]:
     if package == "spec":
         return {"numpy", "safetensors", "sklearn", *DATA.get(path, set())}
     if package in ("conformance", "lab"):
-        return {"spec", *LIBRARIES}
+        return {"spec", *LIBRARIES, *MEASURED.get(path, set())}
     extra = {"lab"} if path.endswith("/__main__.py") else set()
     return {"spec", "numpy", *FRAMEWORKS[package], *extra}
 
@@ -121,6 +130,9 @@ def test_dependencies_point_one_way(package):
         ("conformance/run.py", "from impl_torch import backend"),
         ("conformance/run.py", "import importlib\nimportlib.import_module('torch')"),
         ("conformance/run.py", "import lab"),
+        ("conformance/bench/steps.py", "import torch"),
+        ("conformance/bench/ceiling.py", "import impl_torch"),
+        ("conformance/bench/peers/keras.py", "import torch"),
         ("lab/cli.py", "import conformance"),
         ("lab/cli.py", "import impl_numpy"),
         ("spec/config.py", "import torch"),
@@ -147,6 +159,7 @@ def test_a_wrong_import_is_found(path, source):
         ("spec/archives.py", "def f():\n    import pooch"),
         ("spec/folder.py", "def f():\n    from PIL import Image, ImageOps"),
         ("conformance/run.py", "import importlib\nimportlib.import_module(name)"),
+        ("conformance/bench/ceiling.py", "def f():\n    import torch"),
     ],
 )
 def test_a_right_import_passes(path, source):
