@@ -62,7 +62,7 @@ Threads = Annotated[int | None, typer.Option(help="Threads of every backend; def
 Timeout = Annotated[float, typer.Option(help="Seconds for one case, compilation included.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, or auto: what a backend finds.")]
 Mode = Annotated[
-    str | None, typer.Option(help="eager or compiled; default: the first that a backend has.")
+    str | None, typer.Option(help="eager, compiled, parallel, ...; default: a backend's first.")
 ]
 Reports = Annotated[Path, typer.Option(help="Folder for the reports.")]
 GoldensFolder = Annotated[Path, typer.Option("--goldens", help="Folder of the goldens.")]

@@ -111,7 +111,7 @@ def draw_batch(config, count, generator):
     )
 
 
-def train(state, tables, config, images, labels, draws, update=train_step):
+def train(state, tables, config, images, labels, draws, update):
     """Train on images [N, H, W, C] and labels [N], an update for each draw.
 
     Yields the state and the loss of every step.

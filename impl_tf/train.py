@@ -108,7 +108,7 @@ def draw_batch(config, count, generator):
     )
 
 
-def train(state, tables, config, images, labels, draws, update=train_step):
+def train(state, tables, config, images, labels, draws, update):
     """Train on images [N, H, W, C] and labels [N], an update for each draw; yields the losses."""
     for rows, t, noise, drop in draws:
         x0, noise = tf.gather(images, rows), tf.cast(noise, images.dtype)

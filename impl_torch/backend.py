@@ -178,7 +178,8 @@ class TorchModel:
 
         images, labels = self._natives(images, labels)
         images = images.to(self.dtype)
-        for loss in train.train(self._state, self.tables, self.config, images, labels, draws()):
+        run = (self._state, self.tables, self.config, images, labels, draws(), train.train_step)
+        for loss in train.train(*run):
             yield float(loss)
 
     @torch.no_grad()

@@ -107,7 +107,7 @@ def draw_batch(config, count, generator):
     )
 
 
-def train(state, tables, config, images, labels, draws, update=train_step):
+def train(state, tables, config, images, labels, draws, update):
     """Train on images [N, C, H, W] and labels [N], an update for each draw; yields the losses."""
     for rows, t, noise, drop in draws:
         x0, noise = images[rows], noise.to(images.dtype)
