@@ -1,4 +1,4 @@
-"""The jobs of this repository: `nox -s conformance`, `tests`, `lint`, `goldens` and `mutants`.
+"""The jobs of this repository: `nox -s conformance`, `tests`, `lint`, `goldens`, `mutants` and more.
 
 Each backend runs in an environment of its own, so that no two frameworks meet in one process.
 Environments stand in .nox/ and are kept until their requirement files change.
@@ -227,6 +227,19 @@ def mutants(session: nox.Session) -> None:
         environment(session, f"{name}-cpu")  # each implementation runs in its own
     python = environment(session, "base")
     session.run(python, "-m", "conformance", "mutants", *session.posargs, external=True)
+
+
+@nox.session
+def fresh(session: nox.Session) -> None:
+    """Check every backend on random configs and inputs: `-- [--count 200] [--first 0] [...]`.
+
+    All that stands behind `--` goes on to `python -m conformance fresh`.
+    """
+    for name in present_backends():
+        environment(session, f"{name}-cpu")  # each implementation runs in its own
+    python, oracle = environment(session, "base"), oracle_environment(session)
+    command = ["-m", "conformance", "fresh", "--oracle", oracle, *session.posargs]
+    session.run(python, *command, external=True)
 
 
 @nox.session
