@@ -265,6 +265,19 @@ def mutants(session: nox.Session) -> None:
 
 
 @nox.session
+def fresh(session: nox.Session) -> None:
+    """Check every backend on random configs and inputs: `-- [--count 200] [--first 0] [...]`.
+
+    All that stands behind `--` goes on to `python -m conformance fresh`.
+    """
+    for name in present_backends():
+        environment(session, f"{name}-cpu")  # each implementation runs in its own
+    python, oracle = environment(session, "base"), oracle_environment(session)
+    command = ["-m", "conformance", "fresh", "--oracle", oracle, *session.posargs]
+    session.run(python, *command, external=True)
+
+
+@nox.session
 def lint(session: nox.Session) -> None:
     """Check style and types: ruff's rules, its format, and mypy."""
     python = environment(session, "lint")

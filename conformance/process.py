@@ -76,6 +76,7 @@ class Impl:
 
     name: str
     python: str
+    mode: str | None = None  # None: the run's, else the first of the backend's own
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,13 +165,20 @@ class WorkerProcess:
         ]
         for thread in self._drains:
             thread.start()
+        return self.greet()
+
+    def greet(self) -> dict[str, Any]:
+        """Say hello to the process; gives its answer. Said again, it drops what it has opened.
+
+        Raises CannotStart as `start` does.
+        """
         setup = self.setup
         request = {
             "do": "hello",
             "backend": self.impl.name,
             "dtype": self.dtype,
             "device": setup.device,
-            "mode": setup.mode,
+            "mode": self.impl.mode or setup.mode,
             "threads": setup.threads,
             "cores": setup.cores or setup.threads,
             "goldens": str(setup.goldens),
@@ -186,8 +194,13 @@ class WorkerProcess:
             ) from died
         if self.hello["status"] != "ready":
             self.close()
-            raise refusal(self.impl, setup, self.hello)
+            raise refusal(self.impl, self.setup, self.hello)
         return self.hello
+
+    @property
+    def runs(self) -> bool:
+        """Whether there is a process; it may have ended since it was last asked."""
+        return self._process is not None
 
     def ask(self, request: dict[str, Any], timeout: float) -> dict[str, Any]:
         """The reply to a request. Raises WorkerDied; the next request finds a new process."""

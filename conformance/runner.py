@@ -20,7 +20,7 @@ from safetensors.numpy import load
 from conformance import diagnose
 from conformance.compare import Finding, compare_case, hidden
 from conformance.execute import Outcome, Session
-from conformance.process import Impl, Setup, WorkerDied, WorkerProcess, case_request
+from conformance.process import CannotStart, Impl, Setup, WorkerDied, WorkerProcess, case_request
 from spec.backend import ARRAY_DTYPES, REQUIRED_DTYPES
 from spec.goldens import Case, GoldenError, Goldens
 
@@ -376,6 +376,24 @@ class Suite:
                     path.write_bytes(data)
                     os.replace(path, folder / name)
                     self._written[name] = seen(name) or (0, 0)
+
+    def turn_to(self, goldens: Goldens, cases: list[Case]) -> None:
+        """Go on with other goldens, in the same workers, which forget what they have opened."""
+        self.plan.goldens, self.plan.cases = goldens, cases
+        self.passed.clear()
+        with self._writing:
+            for name in set(self._inputs):
+                with contextlib.suppress(FileNotFoundError):
+                    (self.folder / "inputs" / name).unlink()
+            self._inputs = goldens.inputs()
+            self._written.clear()
+        self.give_inputs()
+        for worker in self.workers.values():
+            if worker.runs:
+                try:
+                    worker.greet()
+                except CannotStart:  # it has ended since: the next case finds a new one
+                    worker.close()
 
     def worker(self, impl: Impl, dtype: str) -> WorkerProcess:
         """The worker of this backend and dtype."""

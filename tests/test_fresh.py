@@ -12,9 +12,11 @@ from typer.testing import CliRunner
 
 from conformance import oracle
 from conformance.__main__ import app
-from conformance.process import CannotStart
-from spec.config import Config, config_from_dict
-from spec.goldens import Goldens
+from conformance.fresh import with_modes
+from conformance.process import CannotStart, Impl, Setup
+from conformance.runner import Plan, Suite
+from spec.config import Config, config_from_dict, load_config
+from spec.goldens import GoldenError, Goldens
 
 MINE = Config(
     name="mine",
@@ -246,3 +248,139 @@ def test_an_oracle_that_ends_is_told_with_its_last_words(tmp_path):
         pytest.raises(CannotStart, match="exit code 3:\nno memory left"),
     ):
         made.ask({"do": "plan"})
+
+
+# --- random configs ------------------------------------------------------------------------------
+
+FIRST = 174  # has one resnet a level, and the next number two: there FAULTY is wrong
+
+
+def fresh(*arguments):
+    done = CliRunner().invoke(app, ["fresh", "--threads=1", *map(str, arguments)])
+    assert done.exception is None or isinstance(done.exception, SystemExit), done.exception
+    return done
+
+
+@pytest.fixture(scope="module")
+def random_place(tmp_path_factory):
+    """A folder with a faulty backend, and what a run over two random configs left there."""
+    pytest.importorskip("diffusers")
+    pytest.importorskip("mpmath")
+    folder = tmp_path_factory.mktemp("random")
+    (folder / "faulty.py").write_text(FAULTY, "utf-8")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(folder))
+        patch.chdir(folder)
+        done = fresh(
+            *("--impl=impl_numpy", "--impl=faulty", f"--first={FIRST}", "--count=2"),
+            *("--dtype=float64", "--keep-goldens=kept", "--reports=reports"),
+        )
+    (folder / "output").write_text(done.output, "utf-8")
+    assert done.exit_code == 1, done.output
+    return folder
+
+
+def test_random_configs_count_what_passed_and_keep_the_config_that_did_not(random_place):
+    report = json.loads((random_place / "reports" / "fresh.json").read_text("utf-8"))
+    assert (report["first"], report["count"], report["ok"]) == (FIRST, 2, False)
+    right, faulty = report["columns"]
+    assert (right["backend"], right["configs"], right["passed"]) == ("impl_numpy", 2, 2)
+    assert right["cases"] >= 18
+    assert 0 < right["worst"]["ratio"] < 1
+    assert list(right["worst_by_level"]) == ["L0", "L1", "L3", "L4", "L5", "L6"]
+    assert (faulty["backend"], faulty["configs"], faulty["passed"]) == ("faulty", 2, 1)
+    (failure,) = faulty["failures"]
+    assert failure["number"] == FIRST + 1
+    assert (failure["case"], failure["block"]) == (
+        f"L3/random-{FIRST + 1}/taps",
+        "down_blocks.0.resnets.1",
+    )
+    config = load_config(random_place / "reports" / f"random-{FIRST + 1}.toml")
+    assert config.layers_per_block == 2
+    output = " ".join((random_place / "output").read_text("utf-8").split())
+    assert "2 of 2 configs, 1 failed" in output
+    assert f"--config reports/random-{FIRST + 1}.toml --seed {FIRST + 1}" in output
+    assert "fresh: FAILED" in output
+
+
+def test_kept_goldens_are_used_again_and_a_right_backend_passes(random_place, monkeypatch):
+    monkeypatch.chdir(random_place)
+    monkeypatch.setattr(oracle.Oracle, "ask", None)  # nothing is to be made
+    numbers = (f"--first={FIRST}", "--count=2", "--dtype=float64", "--reports=again")
+    done = fresh("--impl=impl_numpy", *numbers, "--keep-goldens=kept")
+    assert done.exit_code == 0, done.output
+    assert "2 of 2 configs, all passed" in done.output
+    assert "fresh: passed" in done.output
+
+
+def test_goldens_that_cannot_be_made_fail_the_run_and_are_named(
+    random_place, monkeypatch, tmp_path
+):
+    monkeypatch.chdir(tmp_path)
+    kept, asked = random_place / "kept", []
+
+    def ask(self, request, told=None):
+        asked.append((request["do"], request["random"]))
+        assert request["seed"] == request["random"]
+        if request["random"] == FIRST:
+            raise GoldenError("the two sources are 1 apart")
+        if request["do"] == "make":
+            shutil.copytree(kept / str(request["random"]), request["out"])
+        return {"toml": "a = 1\n"}
+
+    monkeypatch.setattr(oracle.Oracle, "ask", ask)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    (tmp_path / "temporary").mkdir()
+    numbers = (f"--first={FIRST}", "--count=2", "--dtype=float64", "--oracle", sys.executable)
+    done = fresh("--impl=impl_numpy", *numbers)
+    assert done.exit_code == 1
+    assert f"no goldens of config {FIRST}: the two sources are 1 apart" in done.output
+    assert "2 of 2 configs, 1 failed" in done.output
+    assert asked == [("plan", FIRST), ("plan", FIRST + 1), ("make", FIRST + 1)]
+    report = json.loads((tmp_path / "reports" / "fresh.json").read_text("utf-8"))
+    assert report["unmade"] == [{"number": FIRST, "problem": "the two sources are 1 apart"}]
+    assert report["columns"][0]["passed"] == 1
+    assert os.listdir(tmp_path / "temporary") == []
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--count=0"], "--count 0 is outside 1..100000"),
+        (["--first=-1"], "--first -1 is outside 0..2^32-1"),
+        (["--mode=slow"], "--mode 'slow' is unknown"),
+        (["--oracle=nothing"], "interpreter nothing of the oracle cannot be run"),
+    ],
+)
+def test_a_run_over_random_configs_that_cannot_be(options, words, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    done = fresh("--impl=impl_numpy", *options)
+    assert done.exit_code == 2
+    assert words in " ".join(done.output.split())
+
+
+def test_workers_go_from_goldens_to_goldens_in_one_process_and_survive_its_end(random_place):
+    one, other = (Goldens(random_place / "kept" / str(FIRST + i)) for i in range(2))
+    setup = Setup(one.folder, "cpu", None, 1, 60.0, one.cases[0].config)
+    impl = Impl("impl_numpy", sys.executable)
+    with Suite(Plan([impl], ["float64"], one, one.cases, setup)) as suite:
+        for goldens in (one, other, one):
+            suite.turn_to(goldens, goldens.cases)
+            column = suite.run_column(impl, "float64")
+            assert column.ok
+            assert {result.case.config.name for result in column.results} == set(goldens.configs)
+            assert not suite.has_passed(
+                impl, "float64", (one if goldens is other else other).cases[1]
+            )
+        worker = suite.worker(impl, "float64")
+        assert worker.starts == 1
+        worker._process.kill()
+        suite.turn_to(other, other.cases)
+        assert suite.run_column(impl, "float64").ok
+        assert worker.starts == 2
+
+
+def test_the_mode_of_a_backend_goes_before_that_of_the_run():
+    impls = [Impl("impl_tf", "python"), Impl("impl_jax", "python")]
+    assert [impl.mode for impl in with_modes(impls, None)] == ["eager", None]
+    assert [impl.mode for impl in with_modes(impls, "compiled")] == ["compiled"] * 2
