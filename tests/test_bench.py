@@ -16,6 +16,7 @@ import pytest
 from conformance.bench import (
     command,
     compare,
+    device,
     gate,
     results,
     rounds,
@@ -378,7 +379,7 @@ def test_a_run_of_two_backends(place, capsys):
     assert "peak memory" in said.out
     assert "checked before and after the rounds" in said.out
     assert "round 5 of 5; about" in said.err
-    assert "checking numpy eager float32 again" in said.err
+    assert "checking numpy parallel float32 again" in said.err
 
 
 def test_a_step_that_is_wrong_or_does_less_has_no_figure(place, capsys):
@@ -407,6 +408,57 @@ def test_a_worker_that_ends_is_out_and_the_others_go_on(place):
     assert rude["status"] == "crashed"
     assert "exit code 3" in rude["message"]
     assert fine["status"] == "ok"
+
+
+def test_a_thorough_run_has_five_processes_of_each(place):
+    (run,) = bench("--impl=impl_numpy", "--workload=tiny", "--thorough")["runs"]
+    assert run["status"] == "ok"
+    assert run["processes"] == len(run["starts"]) == 5
+    assert run["round_processes"] == [i for i in range(5) for _ in range(5)]
+    assert run["import_s"] == np.median([start["import"] for start in run["starts"]])
+
+
+def test_a_stopped_command_writes_what_it_has(place, monkeypatch, capsys):
+    ask = rounds.Turn.round
+
+    def stopping(turn, process):
+        if len(turn.run.rounds) == 2:
+            raise KeyboardInterrupt
+        ask(turn, process)
+
+    monkeypatch.setattr(rounds.Turn, "round", stopping)
+    values = bench("--impl=impl_numpy", "--workload=tiny", "--workload=tiny_v", expect=1)
+    assert not values["complete"]
+    assert [(run["workload"], run["status"]) for run in values["runs"]] == [("tiny", "incomplete")]
+    assert len(values["runs"][0]["rounds"]) == 2
+    assert "INCOMPLETE" in capsys.readouterr().out
+
+
+def test_a_run_of_which_nothing_is_done_leaves_no_file(place, monkeypatch, capsys):
+    def stopped(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(command, "find_contenders", stopped)
+    assert bench("--impl=impl_numpy", "--workload=tiny", expect=130) is None
+    assert "nothing was finished" in capsys.readouterr().err
+
+
+def test_each_finished_workload_is_written_at_once(place, monkeypatch):
+    seen = []
+    judge = rounds.Turn.begin
+
+    def begin(turn):
+        path = Path("out.json")
+        seen.append(results.read(path) if path.exists() else None)
+        judge(turn)
+
+    monkeypatch.setattr(rounds.Turn, "begin", begin)
+    values = bench("--impl=impl_numpy", "--workload=tiny", "--workload=tiny_v")
+    assert seen[0] is None
+    assert not seen[1]["complete"]
+    assert [run["status"] for run in seen[1]["runs"]] == ["ok"]
+    assert values["complete"]
+    assert [run["workload"] for run in values["runs"]] == ["tiny", "tiny_v"]
 
 
 def plan_of(found, **more):
@@ -472,7 +524,7 @@ class FakeTurn:
 
 
 def test_turns_come_in_an_order_that_changes_with_each_round(monkeypatch):
-    monkeypatch.setattr(rounds, "_Turn", FakeTurn)
+    monkeypatch.setattr(rounds, "Turn", FakeTurn)
     orders = {}
     for seed in (0, 0, 1):
         FakeTurn.log = []
@@ -594,6 +646,17 @@ def test_results_are_written_and_read_as_they_are(tmp_path):
     with pytest.raises(results.ResultsError, match=r"\$: 'work' is missing"):
         results.write(tmp_path / "bad.json", {k: v for k, v in good.items() if k != "work"})
     assert not (tmp_path / "bad.json").exists()
+
+
+@pytest.mark.parametrize("path", sorted((HERE.parent / "results").glob("bench-*.json")), ids=str)
+def test_published_results_are_whole_and_by_the_schema(path):
+    values = results.read(path)
+    jsonschema.validate(values, json.loads(results.SCHEMA.read_text()))
+    assert values["complete"]
+    for entry in values["runs"]:
+        if entry["rank"] is not None:
+            assert entry["gate"]["before"]["passed"]
+            assert entry["gate"]["after"]["passed"]
 
 
 @pytest.mark.parametrize(
@@ -818,3 +881,72 @@ def test_comparing_says_what_changed_beyond_noise(tmp_path, capsys):
 def test_two_files_with_nothing_in_common_are_compared_too(capsys):
     compare.show(values_of(entry_of("S", "impl_tf")), values_of(entry_of("M", "impl_tf")))
     assert "nothing was timed in both" in capsys.readouterr().out
+
+
+# --- devices ---------------------------------------------------------------------------------
+
+
+class FakeCuda:
+    """As much of torch.cuda as is asked for; writes down what is called."""
+
+    def __init__(self, there):
+        self.there, self.calls = there, []
+
+    def is_available(self):
+        return self.there
+
+    def synchronize(self):
+        self.calls.append("synchronize")
+
+    def max_memory_allocated(self):
+        return 7 * 2**20
+
+    def reset_peak_memory_stats(self):
+        self.calls.append("reset")
+
+    def empty_cache(self):
+        self.calls.append("empty")
+
+
+class FakeTorch:
+    def __init__(self, there):
+        self.cuda = FakeCuda(there)
+        self.made = []
+
+    def device(self, name):
+        return f"device {name}"
+
+    def tensor(self, array, device):
+        self.made.append((array.shape, device))
+        return array
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_a_gpus_memory_and_copies_are_measured_where_there_is_one(monkeypatch, there):
+    torch = FakeTorch(there)
+    monkeypatch.setitem(sys.modules, "torch", torch)
+    framework = device.framework_of({"framework": "torch 2.0, diffusers 1.0"})
+    assert framework == "torch"
+    device.copier(framework, "cuda")([np.zeros((2, 3))])
+    assert torch.made == [((2, 3), "device cuda" if there else "device cpu")]
+    device.reset_peak(framework, "cuda")
+    device.release(framework, "cuda")
+    assert device.peak(framework, "cuda") == (7 * 2**20 if there else None)
+    assert torch.cuda.calls == (["synchronize", "reset", "empty"] if there else [])
+    assert device.peak(framework, "cpu") is None  # a GPU that is not asked for does not count
+
+
+def test_a_framework_that_is_not_known_is_not_asked():
+    assert device.framework_of({"framework": "tinygrad 0.9"}) == ""
+    assert device.framework_of({}) == ""
+    assert device.copier("", "cpu") is None
+    assert device.peak("", "cuda") is None
+
+
+@pytest.mark.parametrize("name", ["numpy", "torch", "jax", "tensorflow"])
+def test_arrays_are_copied_by_each_framework(name):
+    importlib.import_module(name)
+    copy = device.copier(device.framework_of({"framework": f"{name} 1.0"}), "cpu")
+    copy([np.zeros((2, 3), np.float32), np.arange(4)])
+    with pytest.raises((TypeError, ValueError, AttributeError, RuntimeError)):
+        copy([object()])

@@ -432,7 +432,7 @@ def test_requests_that_are_unknown_are_answered(goldens, place):
     assert worker.start()["protocol"] == 1
     reply = worker.ask({"do": "dance"}, 30.0)
     assert reply["status"] == "error"
-    known = "hello, case, time, train, stop"
+    known = "hello, case, time, train, bench, stop"
     assert f"request 'dance' is unknown; known are {known}" in reply["message"]
     reply = worker.ask({"do": "time", "part": "round"}, 30.0)
     assert "begins with part = 'open'" in reply["message"]

@@ -34,8 +34,14 @@ DATA = {"spec/archives.py": {"pooch"}, "spec/folder.py": {"PIL"}}
 # imported where it is used, in a process of its own.
 MEASURED = {
     "conformance/bench/ceiling.py": {"torch", "tensorflow", "jax"},
+    "conformance/bench/peers/on_torch.py": {"torch"},
     "conformance/bench/peers/diffusers.py": {"torch", "diffusers"},
-    "conformance/bench/peers/lucidrains.py": {"torch", "denoising_diffusion_pytorch"},
+    "conformance/bench/peers/lucidrains.py": {
+        "torch",
+        "torchvision",
+        "denoising_diffusion_pytorch",
+        "ema_pytorch",
+    },
     "conformance/bench/peers/keras.py": {"tensorflow", "keras"},
     "conformance/bench/peers/nnx.py": {"jax", "flax", "optax"},
 }

@@ -7,11 +7,11 @@ import argparse
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from conformance.bench import compare, machine, results, shares, table, workloads
+from conformance.bench import compare, machine, results, scaling, shares, table, workloads
 from conformance.bench.rounds import PROCESSES, Bench, Contender, Plan, Run, find_contenders, short
 from conformance.process import CannotStart, Impl, interpreter, shipped
 from conformance.runner import UsageError, check_threads, parse_impl
@@ -31,17 +31,20 @@ LEAST_ROUNDS, MOST_ROUNDS = 5, 1000
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Carry out a command line, and end with its exit code: 2 where it asks for the impossible."""
-    # End by an exception, so that workers and temporary files go too.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    # As by Ctrl-C: workers and temporary files go, and what is finished is written.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     chosen = parser().parse_args(arguments)
     try:
         code = chosen.command(chosen)
-    except (UsageError, ConfigError, results.ResultsError) as error:
+    except (UsageError, ConfigError, results.ResultsError, scaling.ScalingError) as error:
         print(f"error: {error}", file=sys.stderr)
         code = 2
     except CannotStart as error:
         print(f"error: {error}", file=sys.stderr)
         code = 2 if error.usage else 1
+    except KeyboardInterrupt:
+        print("stopped: nothing was finished that could be written", file=sys.stderr)
+        code = 128 + signal.SIGINT
     sys.exit(code)
 
 
@@ -54,7 +57,7 @@ def parser() -> argparse.ArgumentParser:
     commands = top.add_subparsers(required=True, metavar="COMMAND")
     run = commands.add_parser("run", help="measure", description="Measure, and write the results.")
     run.set_defaults(command=run_command)
-    add_choices(run)
+    add_choices(run, seconds=2.0, ceiling_seconds=20.0, out=Path("reports/bench.json"))
     run.add_argument(
         "--workload",
         action="append",
@@ -64,21 +67,20 @@ def parser() -> argparse.ArgumentParser:
         "(default: S, M and sample-digits; with --device cuda L and sample-L)",
     )
     run.add_argument("--batch", type=int, help="images of a call, in place of the workload's")
-    run.add_argument("--thorough", action="store_true", help=f"{PROCESSES} fresh processes of each")
-    run.add_argument("--out", type=Path, default=Path("reports/bench.json"), help="the results")
-    run.add_argument("--peers", action="store_true", help="other libraries too, all that are known")
-    run.add_argument(
-        "--peer",
+    grow = commands.add_parser(
+        "scaling",
+        help="measure how cost grows",
+        description="Measure how the cost of a train step grows, and the slope on log axes.",
+    )
+    grow.set_defaults(command=scaling_command)
+    add_choices(grow, seconds=0.5, ceiling_seconds=0.0, out=Path("reports/bench-scaling.json"))
+    grow.add_argument("--workload", default="S", metavar="NAME", help="what grows (default: S)")
+    grow.add_argument(
+        "--axis",
         action="append",
         default=[],
-        metavar="NAME[=PYTHON]",
-        help=f"one other library: {', '.join(map(short, PEERS))}, or a module; repeat for more",
-    )
-    run.add_argument(
-        "--ceiling-seconds",
-        type=float,
-        default=20.0,
-        help="for the ceiling of each library; 0 leaves it out (default: 20)",
+        metavar="AXIS[=N,N,...]",
+        help=f"one of {', '.join(scaling.AXES)}, and its values; repeat for more (default: all)",
     )
     differ = commands.add_parser("compare", help="say what changed between two files of results")
     differ.add_argument("first", type=Path)
@@ -90,39 +92,54 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
-def add_choices(command: argparse.ArgumentParser) -> None:
+def add_choices(
+    command: argparse.ArgumentParser, seconds: float, ceiling_seconds: float, out: Path
+) -> None:
     """The options that every measuring command has."""
-    command.add_argument(
+
+    def repeated(option: str, **more: Any) -> None:
+        command.add_argument(option, action="append", default=[], **more)
+
+    repeated(
         "--impl",
-        action="append",
-        default=[],
         metavar="MODULE[=PYTHON]",
         help="a backend and its interpreter; repeat for more (default: all that stand here)",
     )
-    command.add_argument(
+    repeated(
         "--mode",
-        action="append",
-        default=[],
         metavar="NAME",
         help="a mode, or all; repeat for more (default: the usual one of each backend)",
     )
-    command.add_argument(
-        "--dtype",
-        action="append",
-        default=[],
-        choices=tuple(ARRAY_DTYPES),
-        help="repeat for more (default: float32)",
+    repeated("--dtype", choices=tuple(ARRAY_DTYPES), help="repeat for more (default: float32)")
+    command.add_argument("--peers", action="store_true", help="all other libraries that are known")
+    repeated(
+        "--peer",
+        metavar="NAME[=PYTHON]",
+        help=f"one other library: {', '.join(map(short, PEERS))}, or a module; repeat for more",
     )
     command.add_argument("--device", default="cpu", choices=DEVICES)
     command.add_argument("--threads", type=int, help="of every backend (default: all cores)")
     command.add_argument("--rounds", type=int, default=5, help="at least 5 (default: 5)")
     command.add_argument(
-        "--seconds", type=float, default=2.0, help="of samples in a round (default: 2)"
+        "--seconds",
+        type=float,
+        default=seconds,
+        help=f"of samples in a round (default: {seconds:g})",
+    )
+    command.add_argument(
+        "--thorough", action="store_true", help=f"{PROCESSES} fresh processes of each"
+    )
+    command.add_argument(
+        "--ceiling-seconds",
+        type=float,
+        default=ceiling_seconds,
+        help=f"for the ceiling of each library; 0 leaves it out (default: {ceiling_seconds:g})",
     )
     command.add_argument("--seed", type=int, default=0, help="of the order of turns (default: 0)")
     command.add_argument(
         "--timeout", type=float, default=900.0, help="seconds for one call (default: 900)"
     )
+    command.add_argument("--out", type=Path, default=out, help=f"the results (default: {out})")
 
 
 def chosen_impls(chosen: argparse.Namespace) -> list[Impl]:
@@ -194,34 +211,73 @@ def check_out(path: Path) -> None:
 
 
 def run_command(chosen: argparse.Namespace) -> int:
-    """Measure; gives the exit code: 1 where a figure is missing that was asked for."""
+    """Measure workloads; gives the exit code: 1 where a figure is missing that was asked for."""
     names = chosen.workload or workloads.default_keys(chosen.device)
     found = list(dict.fromkeys(workloads.find(name, chosen.batch) for name in names))
+    return measured(chosen, found, "bench", lambda values, runs: None)
+
+
+def scaling_command(chosen: argparse.Namespace) -> int:
+    """Measure how cost grows; gives the exit code, as above."""
+    base = workloads.find(chosen.workload)
+    if base.kind != "train":
+        raise UsageError(f"--workload {base.key} is no train step; choose S, M, L or a config")
+    points = scaling.points(base, chosen_axes(chosen.axis))
+
+    def add_lines(values: dict[str, Any], runs: Sequence[Run]) -> None:
+        values["scaling"] = scaling.entries(points, runs)
+
+    return measured(chosen, [point.workload for point in points], "scaling", add_lines)
+
+
+def chosen_axes(texts: Sequence[str]) -> dict[str, Sequence[int]]:
+    """The axes of `--axis`, each with its values. Raises UsageError for what is no number."""
+    axes: dict[str, Sequence[int]] = {}
+    for text in texts:
+        name, equals, values = text.partition("=")
+        try:
+            axes[name] = (
+                [int(v) for v in values.split(",")] if equals else scaling.AXES.get(name, ())
+            )
+        except ValueError as error:
+            raise UsageError(f"--axis {text!r}: give whole numbers, as in batch=1,2,4") from error
+    return axes or dict(scaling.AXES)
+
+
+def measured(
+    chosen: argparse.Namespace,
+    found: list[workloads.Workload],
+    kind: str,
+    add: Callable[[dict[str, Any], Sequence[Run]], None],
+) -> int:
+    """Measure, write and show; `add` puts more into the results. Gives the exit code."""
     plan = chosen_plan(chosen, found, PROCESSES if chosen.thorough else 1)
     check_out(chosen.out)
     impls, peers, dtypes = chosen_impls(chosen), chosen_peers(chosen), chosen.dtype or ["float32"]
-    here = machine.describe(plan.threads)
-    values = results.empty(plan, dtypes, here)
+    values = results.empty(plan, dtypes, machine.describe(plan.threads), kind)
     values["work"] = [work_entry(workload) for workload in found]
     problems: list[str] = []
+
+    def write(bench: Bench, more: Sequence[Run] = ()) -> None:
+        values["machine"]["after"] = machine.clocks()
+        results.fill(values, bench, more)
+        shares.fill(values, found)
+        values["goals"] = table.goals(values)
+        add(values, bench.runs)
+        results.write(chosen.out, values)
+
     with table.progress() as seen:
         contenders, lacking = find_contenders(impls, peers, chosen.mode, dtypes, plan, seen)
         refuse_lacking(chosen, contenders, lacking)
-        here["before"] = machine.clocks()
+        values["machine"]["before"] = machine.clocks()
         if chosen.ceiling_seconds:
-            measured = shares.measure(contenders, plan, chosen.ceiling_seconds, seen)
-            values["ceilings"], problems = measured
+            values["ceilings"], problems = shares.measure(
+                contenders, plan, chosen.ceiling_seconds, seen
+            )
         sizes = {entry["workload"]: entry["flops"] for entry in values["work"]}
-        bench = Bench(plan, contenders, sizes, seen)
+        bench = Bench(plan, contenders, sizes, seen, write)
         bench.run()
-    here["after"] = machine.clocks()
-    for workload in found:
-        for contender, why in lacking:
-            bench.runs.append(Run(workload, contender, "cannot start", why))
-    results.fill(values, bench)
-    shares.fill(values, found)
-    values["goals"] = table.goals(values)
-    results.write(chosen.out, values)
+    write(bench, [Run(w, c, "cannot start", why) for w in found for c, why in lacking])
     table.show(values)
     for problem in problems:
         print(problem)

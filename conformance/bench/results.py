@@ -21,11 +21,13 @@ class ResultsError(ValueError):
     """A file that holds no results of this version; the message says what it is."""
 
 
-def empty(plan: Plan, dtypes: Sequence[str], machine: dict[str, Any]) -> dict[str, Any]:
+def empty(
+    plan: Plan, dtypes: Sequence[str], machine: dict[str, Any], kind: str = "bench"
+) -> dict[str, Any]:
     """Results of a plan of which nothing is done yet."""
     return {
         "schema": SCHEMA_VERSION,
-        "kind": "bench",
+        "kind": kind,
         "made": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "complete": False,
         "machine": machine,
@@ -96,10 +98,10 @@ def _middle(starts: Sequence[Mapping[str, float | None]], what: str) -> float | 
     return float(np.median(known)) if known else None
 
 
-def fill(values: dict[str, Any], bench: Bench) -> None:
-    """Put what a bench has found into its results, ranks included."""
+def fill(values: dict[str, Any], bench: Bench, more: Sequence[Run] = ()) -> None:
+    """Put what a bench has found into its results, ranks included, and runs that never began."""
     values["complete"] = bench.complete
-    values["runs"] = [run_entry(run) for run in bench.runs]
+    values["runs"] = [run_entry(run) for run in [*bench.runs, *more]]
     values["versions"] = {}
     for run in bench.runs:
         values["versions"].setdefault(run.contender.impl.name, run.versions)

@@ -17,7 +17,7 @@ from conformance.bench.gate import AFTER, BEFORE, PARTS, FoundStep, Reference, V
 from conformance.bench.subject import starting_params
 from conformance.bench.workloads import Workload
 from conformance.process import CannotStart, Impl, Setup, WorkerDied, WorkerProcess
-from spec.config import Config
+from spec.config import load_config
 from spec.goldens import GOLDENS
 
 WARM_CALLS = 2  # after the first, untimed: some frameworks compile a second time
@@ -65,8 +65,9 @@ class Plan:
     seed: int  # of the order of turns
     timeout: float
 
-    def setup(self, mode: str | None, probe: Config) -> Setup:
-        """What its workers have in common."""
+    def setup(self, mode: str | None) -> Setup:
+        """What its workers have in common; a small config shows whether the device is there."""
+        probe = load_config("tiny")
         return Setup(GOLDENS, self.device, mode, self.threads, self.timeout, probe)
 
 
@@ -163,22 +164,21 @@ def find_contenders(
     found: list[Contender] = []
     lacking: list[tuple[Contender, str]] = []
     known: dict[str, tuple[str, ...]] = {}
-    probe = plan.workloads[0].config
     with tempfile.TemporaryDirectory(prefix="bench-") as folder:
         for impl in [*impls, *peers]:
             peer = impl in peers
-            for dtype in dtypes:
-                seen(f"asking {short(impl.name)} for its modes, {dtype}", None)
-                worker = WorkerProcess(impl, dtype, plan.setup(None, probe), Path(folder))
-                try:
-                    known[impl.name] = tuple(worker.start().get("modes", ()))
-                except CannotStart as error:
-                    lacking.append((Contender(impl, "", dtype, peer), str(error)))
-                    continue
-                finally:
-                    worker.close()
-                chosen = choose_modes(impl.name, known[impl.name], modes, plan.device, peer)
-                found += [Contender(impl, mode, dtype, peer) for mode in chosen]
+            seen(f"asking {short(impl.name)} for its modes", None)
+            # with the first precision: whether it has the others shows when they are started
+            worker = WorkerProcess(impl, dtypes[0], plan.setup(None), Path(folder))
+            try:
+                known[impl.name] = tuple(worker.start().get("modes", ()))
+            except CannotStart as error:
+                lacking += [(Contender(impl, "", dtype, peer), str(error)) for dtype in dtypes]
+                continue
+            finally:
+                worker.close()
+            chosen = choose_modes(impl.name, known[impl.name], modes, plan.device, peer)
+            found += [Contender(impl, mode, dtype, peer) for dtype in dtypes for mode in chosen]
     had = {mode for names in known.values() for mode in names}
     for mode in modes:
         if known and mode != "all" and mode not in had:
@@ -207,14 +207,20 @@ class Bench:
     """Runs a plan; `runs` fills as it goes on, and holds what is done when it is interrupted."""
 
     def __init__(
-        self, plan: Plan, contenders: Sequence[Contender], sizes: dict[str, float], seen: Seen
+        self,
+        plan: Plan,
+        contenders: Sequence[Contender],
+        sizes: dict[str, float],
+        seen: Seen,
+        finished: Callable[["Bench"], None] = lambda bench: None,
     ) -> None:
         self.plan, self.contenders, self.say = plan, list(contenders), seen
+        self.finished = finished  # hears of each workload that is done
         self.clock = Clock(plan, sizes, len(contenders))
         self.runs: list[Run] = []
         self.complete = False
         self._order = random.Random(plan.seed)
-        self._turns: list[_Turn] = []
+        self._turns: list[Turn] = []
         self._pool = ThreadPoolExecutor()
 
     def seen(self, text: str) -> None:
@@ -225,6 +231,7 @@ class Bench:
         try:
             for workload in self.plan.workloads:
                 self._workload(workload)
+                self.finished(self)
             self.complete = True
         except KeyboardInterrupt:
             for run in self.runs:
@@ -251,7 +258,7 @@ class Bench:
         plan, count = self.plan, self.plan.processes
         name = workload.key if count == 1 else f"{workload.key}, process {process + 1} of {count}"
         self._turns = [
-            _Turn(run, plan, folder / str(i), answers) for i, run in enumerate(runs) if run.ok
+            Turn(run, plan, folder / str(i), answers) for i, run in enumerate(runs) if run.ok
         ]
         for turn in self._turns:
             self.seen(f"{name}: checking {turn.run.contender.text}")
@@ -283,13 +290,13 @@ class Bench:
                 job.result()
 
 
-class _Turn:
+class Turn:
     """One process of a contender on a workload."""
 
     def __init__(self, run: Run, plan: Plan, folder: Path, answers: Reference) -> None:
         self.run, self.plan, self.folder, self.answers = run, plan, folder, answers
         contender = run.contender
-        setup = plan.setup(contender.mode, run.workload.config)
+        setup = plan.setup(contender.mode)
         self.worker = WorkerProcess(contender.impl, contender.dtype, setup, folder)
         self.process = 0
 

@@ -6,6 +6,8 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TextIO
 
+import numpy as np
+
 from conformance.bench import stats
 from conformance.bench.rounds import Seen, short
 
@@ -180,6 +182,39 @@ def goal_rows(entries: Sequence[Mapping[str, Any]]) -> Rows:
     return rows
 
 
+def scaling_rows(entries: Sequence[Mapping[str, Any]]) -> Rows:
+    """How the cost of each backend grows along each axis."""
+    rows = [
+        [
+            *("axis", "backend", "mode", "dtype", "from", "to", "median", "memory"),
+            *("slope", "95 % interval"),
+        ]
+    ]
+    for line in entries:
+        points = line["points"]
+        if not points:
+            continue
+        first, last = points[0], points[-1]
+        times = [seconds(float(np.median(point["seconds"]))) for point in (first, last)]
+        peaks = [memory(point["peak_memory"]) for point in (first, last)]
+        bounds = line["slope_interval"]
+        rows.append(
+            [
+                line["axis"],
+                short(line["backend"]),
+                line["mode"],
+                line.get("dtype", "float32"),
+                str(first["value"]),
+                str(last["value"]),
+                " to ".join(times),
+                " to ".join(peaks),
+                "-" if line["slope"] is None else f"{line['slope']:.2f}",
+                "-" if bounds is None else f"{bounds[0]:.2f} to {bounds[1]:.2f}",
+            ]
+        )
+    return rows
+
+
 def notes(values: Mapping[str, Any]) -> list[str]:
     """What stands below the tables: who has no figure and why, how the others were checked."""
     lines = []
@@ -217,6 +252,12 @@ def show(values: Mapping[str, Any], out: TextIO | None = None) -> None:
     )
     for ceiling in values["ceilings"]:
         print(ceiling_text(ceiling), file=out)
+    if values["kind"] == "scaling":
+        title = "How cost grows: seconds are in proportion to value to the power of the slope"
+        print_table(title, scaling_rows(values["scaling"]), out)
+        for line in notes(values):
+            print(line, file=out)
+        return
     work = {entry["workload"]: entry for entry in values["work"]}
     for key in dict.fromkeys(entry["workload"] for entry in values["runs"]):
         runs = [entry for entry in values["runs"] if entry["workload"] == key]
@@ -266,7 +307,7 @@ def print_table(title: str, rows: Rows, out: TextIO) -> None:
     Console(file=out, width=width, highlight=False).print(table)
 
 
-LEFT = ("backend", "mode", "dtype", "workload", "", "what")
+LEFT = ("axis", "backend", "mode", "dtype", "workload", "", "what")
 
 
 def plain_table(title: str, rows: Rows) -> str:
