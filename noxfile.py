@@ -1,4 +1,4 @@
-"""The jobs of this repository: `nox -s conformance`, `tests`, `lint`, `goldens`, `mutants` and more.
+"""The jobs of this repository: `nox -s conformance`, `tests`, `lint`, `goldens`, `fresh` and more.
 
 Each backend runs in an environment of its own, so that no two frameworks meet in one process.
 Environments stand in .nox/ and are kept until their requirement files change.
