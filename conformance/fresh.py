@@ -25,9 +25,11 @@ from spec.goldens import GoldenError, Goldens
 FORMAT = 1
 REPORT = "fresh.json"
 MOST = 100_000  # configs of a run
-# What a config compiles is used a few times only: the graphs of TensorFlow take longer than all
-# that they are asked for. JAX compiles every operation by itself where it compiles no functions.
+# What a config compiles is used a few times only, and compiling it takes longer than all else. So
+# TensorFlow builds no graphs. JAX would compile each operation by itself where it compiles no whole
+# functions, and take longer still: it leaves out most of what its compiler does beyond translating.
 MODES = {"impl_tf": "eager"}
+FEW_PASSES = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
 RENEW = 20  # configs of one process: what frameworks keep of each adds up
 
 
@@ -223,7 +225,7 @@ def run_fresh(
     suite: Suite | None = None
     run = Run(first, count, [])
     with contextlib.ExitStack() as stack:
-        stack.enter_context(_own_cache())
+        stack.enter_context(_quick_compilers())
         for made in stack.enter_context(contextlib.closing(maker.all(first, count))):
             if made.goldens is None:
                 run.unmade.append(made)
@@ -246,17 +248,22 @@ def run_fresh(
 
 
 @contextlib.contextmanager
-def _own_cache() -> Iterator[None]:
-    """Let JAX keep what it compiles in a folder that goes: nobody meets these configs again."""
-    before = os.environ.get("JAX_CACHE")
+def _quick_compilers() -> Iterator[None]:
+    """The environment of workers that meet each config once.
+
+    What JAX keeps of compiled functions goes to a folder that is removed: nobody asks again.
+    """
     with tempfile.TemporaryDirectory(prefix="compiled-", ignore_cleanup_errors=True) as folder:
-        os.environ["JAX_CACHE"] = folder
+        wanted = {"JAX_CACHE": folder, **FEW_PASSES}
+        before = {name: os.environ.get(name) for name in wanted}
+        os.environ |= wanted
         try:
             yield
         finally:
-            os.environ.pop("JAX_CACHE")
-            if before is not None:
-                os.environ["JAX_CACHE"] = before
+            for name, value in before.items():
+                os.environ.pop(name)
+                if value is not None:
+                    os.environ[name] = value
 
 
 def _check(suite: Suite, number: int, tallies: list[Tally], reports: Path, jobs: int) -> None:
