@@ -141,7 +141,7 @@ class Keras(Peer):
         for key, layer in self.layers.items():
             layer.set_weights(_to_keras(key, layer, params))
 
-    def params(self):
+    def params(self) -> Params:
         found: Params = {}
         for key, layer in self.layers.items():
             found |= _from_keras(key, layer)
