@@ -345,10 +345,10 @@ def place(tmp_path, monkeypatch):
     return tmp_path
 
 
-def bench(*arguments, expect=0):
+def bench(*arguments, expect=0, name="run"):
     options = ["--threads=1", "--seconds=0.02", "--out=out.json", "--ceiling-seconds=0"]
     with pytest.raises(SystemExit) as ended:
-        command.main(["run", *options, *arguments])
+        command.main([name, *options, *arguments])
     assert ended.value.code == expect
     return json.loads(Path("out.json").read_text()) if Path("out.json").exists() else None
 
@@ -416,6 +416,66 @@ def test_a_thorough_run_has_five_processes_of_each(place):
     assert run["processes"] == len(run["starts"]) == 5
     assert run["round_processes"] == [i for i in range(5) for _ in range(5)]
     assert run["import_s"] == np.median([start["import"] for start in run["starts"]])
+
+
+def test_a_whole_run_with_a_peer_a_ceiling_and_charts(place, capsys):
+    values = bench(
+        *("--impl=impl_torch", f"--peer=diffusers={sys.executable}", "--workload=tiny_v"),
+        *("--ceiling-seconds=0.3", "--charts=charts"),
+    )
+    jsonschema.validate(values, json.loads(results.SCHEMA.read_text()))
+    assert values["complete"]
+    assert [ceiling["library"] for ceiling in values["ceilings"]] == ["torch"]
+    kinds = [(rounds.short(run["backend"]), run["mode"]) for run in values["runs"]]
+    assert kinds == [("torch", "eager"), ("diffusers", "eager"), ("diffusers", "tuned")]
+    for run in values["runs"]:
+        assert run["status"] == "ok", run["message"]
+        assert run["gate"]["before"]["full"]
+        assert run["gate"]["after"]["full"]
+        assert run["peer"] == ("diffusers" in run["backend"])
+        assert 0 < run["share_large"] < 1
+    assert (place / "charts/tiny_v.svg").read_text().startswith("<?xml")
+    assert (place / "charts/shares.svg").exists()
+    assert "charts: charts/" in capsys.readouterr().out
+
+
+def test_a_run_of_a_sampling(place, capsys):
+    (run,) = bench("--impl=impl_numpy", "--workload=sample-digits", "--batch=1")["runs"]
+    assert run["status"] == "ok", run["message"]
+    assert run["kind"] == "sample"
+    assert run["images_per_second"] == pytest.approx(1 / run["median"])
+    said = capsys.readouterr().out
+    assert "guided DDIM, 50 steps, 1 images of 8x8x1" in said
+
+
+def test_a_run_of_growing_sizes(place, capsys):
+    values = bench("--impl=impl_numpy", "--workload=tiny", "--axis=batch=1,4", name="scaling")
+    jsonschema.validate(values, json.loads(results.SCHEMA.read_text()))
+    assert values["kind"] == "scaling"
+    (line,) = values["scaling"]
+    assert (line["backend"], line["mode"], line["axis"]) == ("impl_numpy", "eager", "batch")
+    assert [point["value"] for point in line["points"]] == [1, 4]
+    assert all(point["peak_memory"] > 2**20 for point in line["points"])
+    low, high = line["slope_interval"]
+    assert low <= line["slope"] <= high
+    assert [run["batch"] for run in values["runs"]] == [1, 4]
+    said = capsys.readouterr().out
+    assert "How cost grows" in said
+    assert f"{line['slope']:.2f}" in said
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--axis=depth"], "axis 'depth' is unknown"),
+        (["--axis=batch=1,b"], "give whole numbers"),
+        (["--axis=batch=1"], "two different values"),
+        (["--workload=sample-digits"], "is no train step"),
+    ],
+)
+def test_what_cannot_grow_is_said(place, arguments, words, capsys):
+    assert bench("--impl=impl_numpy", *arguments, expect=2, name="scaling") is None
+    assert words in capsys.readouterr().err
 
 
 def test_a_stopped_command_writes_what_it_has(place, monkeypatch, capsys):
@@ -545,7 +605,7 @@ def test_turns_come_in_an_order_that_changes_with_each_round(monkeypatch):
 
 def test_the_time_left_is_what_is_to_be_done_times_what_it_took():
     plan = plan_of([workloads.find("tiny"), workloads.find("tiny_v")], rounds=5)
-    clock = rounds.Clock(plan, {"tiny": 1.0, "tiny_v": 3.0}, contenders=2)
+    clock = rounds.Clock(plan, {"tiny": 1.0, "tiny_v": 9.0}, contenders=2)
     assert clock.seconds_left() is None
     clock.spent = {("tiny", what): [10.0] for what in ("check", "round", "after")}
     assert clock.seconds_left() == 140 + 3 * 140

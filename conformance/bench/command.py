@@ -11,7 +11,16 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from conformance.bench import compare, machine, results, scaling, shares, table, workloads
+from conformance.bench import (
+    charts,
+    compare,
+    machine,
+    results,
+    scaling,
+    shares,
+    table,
+    workloads,
+)
 from conformance.bench.rounds import PROCESSES, Bench, Contender, Plan, Run, find_contenders, short
 from conformance.process import CannotStart, Impl, interpreter, shipped
 from conformance.runner import UsageError, check_threads, parse_impl
@@ -39,6 +48,9 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     except (UsageError, ConfigError, results.ResultsError, scaling.ScalingError) as error:
         print(f"error: {error}", file=sys.stderr)
         code = 2
+    except charts.ChartError as error:
+        print(f"error: {error}", file=sys.stderr)
+        code = 1
     except CannotStart as error:
         print(f"error: {error}", file=sys.stderr)
         code = 2 if error.usage else 1
@@ -88,6 +100,7 @@ def parser() -> argparse.ArgumentParser:
     differ.set_defaults(command=compare_command)
     show = commands.add_parser("show", help="print the tables of a file of results")
     show.add_argument("file", type=Path)
+    show.add_argument("--charts", type=Path, metavar="FOLDER", help="draw them too, as SVG")
     show.set_defaults(command=show_command)
     return top
 
@@ -139,6 +152,7 @@ def add_choices(
     command.add_argument(
         "--timeout", type=float, default=900.0, help="seconds for one call (default: 900)"
     )
+    command.add_argument("--charts", type=Path, metavar="FOLDER", help="draw them too, as SVG")
     command.add_argument("--out", type=Path, default=out, help=f"the results (default: {out})")
 
 
@@ -282,6 +296,7 @@ def measured(
     for problem in problems:
         print(problem)
     print(f"results: {chosen.out}")
+    draw(values, chosen.charts)
     failed = [entry for entry in values["runs"] if entry["status"] not in allowed(chosen, entry)]
     return 0 if bench.complete and not failed and not problems else 1
 
@@ -325,5 +340,14 @@ def compare_command(chosen: argparse.Namespace) -> int:
 
 def show_command(chosen: argparse.Namespace) -> int:
     """Print the tables of a file of results."""
-    table.show(results.read(chosen.file))
+    values = results.read(chosen.file)
+    table.show(values)
+    draw(values, chosen.charts)
     return 0
+
+
+def draw(values: dict[str, Any], folder: Path | None) -> None:
+    """Draw the charts where they are asked for. Raises ChartError without matplotlib."""
+    if folder is not None:
+        paths = charts.draw(values, folder)
+        print(f"charts: {', '.join(map(str, paths)) or 'none, for want of figures'}")

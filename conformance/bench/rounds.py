@@ -145,8 +145,9 @@ class Clock:
         if not like:
             return None
         known, kind = like[-1]
-        share = self.sizes.get(key, 1.0) / self.sizes.get(known, 1.0)
-        return float(np.mean(self.spent[known, kind])) * share
+        # much of it does not grow with the size: starting, compiling, the seconds of a round
+        growth = (self.sizes.get(key, 1.0) / self.sizes.get(known, 1.0)) ** 0.5
+        return float(np.mean(self.spent[known, kind])) * growth
 
 
 def find_contenders(
