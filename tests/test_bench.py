@@ -5,6 +5,7 @@ import importlib
 import io
 import json
 import os
+import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -611,7 +612,8 @@ def test_the_time_left_is_what_is_to_be_done_times_what_it_took():
     assert clock.seconds_left() == 140 + 3 * 140
     clock.left = dict.fromkeys(clock.left, 0)
     assert clock.seconds_left() == 0
-    assert table.duration(100) == "about 2 min left"
+    assert table.duration(100) == "; about 2 min left"
+    assert table.duration(None) == ""
 
 
 def test_which_modes_are_timed():
@@ -941,6 +943,20 @@ def test_comparing_says_what_changed_beyond_noise(tmp_path, capsys):
 def test_two_files_with_nothing_in_common_are_compared_too(capsys):
     compare.show(values_of(entry_of("S", "impl_tf")), values_of(entry_of("M", "impl_tf")))
     assert "nothing was timed in both" in capsys.readouterr().out
+
+
+def test_the_command_needs_nothing_but_numpy_and_safetensors():
+    script = (
+        "import sys\n"
+        "for name in ('typer', 'rich', 'matplotlib', 'jsonschema', 'torch', 'jax', 'tensorflow'):\n"
+        "    sys.modules[name] = None\n"
+        "from conformance.bench import command\n"
+        "command.main(['run', '--help'])\n"
+    )
+    python = [sys.executable, "-c", script]
+    done = subprocess.run(python, cwd=HERE.parent, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert "--workload" in done.stdout
 
 
 # --- devices ---------------------------------------------------------------------------------

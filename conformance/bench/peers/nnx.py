@@ -7,6 +7,7 @@ The network is that of S7, Adam and the EMA are S9's: its train step is checked 
 repository. Its GroupNorm takes the variance in one pass, as it comes.
 """
 
+import functools
 import os
 from typing import Any
 
@@ -19,6 +20,7 @@ from flax import nnx
 
 from conformance.bench.peers import Peer, opened_with
 from conformance.bench.peers.network import unet
+from conformance.process import ROOT
 from spec import reference
 from spec.backend import ARRAY_DTYPES, Params, State, keep_freed_memory
 from spec.config import Config
@@ -28,6 +30,7 @@ name = "nnx"
 modes = ("compiled", "tuned")
 dtypes = ("float64", "float32", "tf32", "bf16")
 EPS = 1e-6  # of every GroupNorm (S7)
+CACHE = ROOT / ".jax_cache"  # compiled functions, where impl_jax keeps its own
 CHECKED = "the same network, by the same names: its train step is checked like those of this suite"
 ATTENTION = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "out"}
 
@@ -42,6 +45,8 @@ def open(
         jax.config.update("jax_enable_x64", True)
     precision = "tensorfloat32" if dtype == "tf32" else "highest"
     jax.config.update("jax_default_matmul_precision", precision)
+    jax.config.update("jax_compilation_cache_dir", os.environ.get("JAX_CACHE", str(CACHE)))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
     try:
         place = jax.devices({"cpu": "cpu", "cuda": "gpu", "auto": None}[device])[0]
     except RuntimeError as error:
@@ -53,14 +58,17 @@ def open(
     return Nnx(config, params, dtype, place, mode)
 
 
+@functools.cache
+def time_table(config: Config) -> np.ndarray:
+    """[T, channels[0]] in float64: the sines of every time, then the cosines (S7)."""
+    return reference.time_proj(config, np.arange(config.timesteps))
+
+
 class UNet(nnx.Module):
     """The layers by canonical name, and the network of them; the first call makes them."""
 
     def __init__(self, config: Config, kept: Any, compute: Any) -> None:
         self.config, self.kept, self.compute = config, kept, compute
-        self.table = nnx.Cache(
-            jnp.asarray(reference.time_proj(config, np.arange(config.timesteps)))
-        )
         self.layers = nnx.Dict()
         shape = (1, *config.image_shape)
         labels = jnp.zeros(1, int) if config.num_classes else None
@@ -76,7 +84,7 @@ class UNet(nnx.Module):
         return self.layers[key]
 
     def times(self, t):
-        return self.table[...][t].astype(self.compute)
+        return jnp.asarray(time_table(self.config), self.compute)[t]
 
     def classes(self, labels):
         rows, width = self.config.num_classes + 1, self.config.time_width
@@ -106,7 +114,8 @@ class UNet(nnx.Module):
 
     def attend(self, name, x):
         h = x.reshape(x.shape[0], -1, x.shape[-1])
-        layer = self._layer(name, nnx.MultiHeadAttention, 1, x.shape[-1], decode=False)
+        named = {"decode": False, "keep_rngs": False}  # there is no dropout to draw for
+        layer = self._layer(name, nnx.MultiHeadAttention, 1, x.shape[-1], **named)
         return layer(h).reshape(x.shape)
 
     def everywhere(self, x, emb):
@@ -162,7 +171,7 @@ class Nnx(Peer):
         if config.max_grad_norm:
             adam = optax.chain(optax.clip_by_global_norm(config.max_grad_norm), adam)
         with jax.default_device(place):
-            self.model = UNet(config, self.dtype, compute)
+            self.model = nnx.eval_shape(lambda: UNet(config, self.dtype, compute))
             self._load(params)
             self.optimizer = nnx.Optimizer(self.model, adam, wrt=nnx.Param)
             self.ema = nnx.clone(self.model)
