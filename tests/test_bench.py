@@ -380,7 +380,7 @@ def test_a_run_of_two_backends(place, capsys):
     assert "peak memory" in said.out
     assert "checked before and after the rounds" in said.out
     assert "round 5 of 5; about" in said.err
-    assert "checking numpy eager float32 again" in said.err
+    assert "checking numpy parallel float32 again" in said.err
 
 
 def test_a_step_that_is_wrong_or_does_less_has_no_figure(place, capsys):
