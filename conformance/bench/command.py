@@ -40,8 +40,6 @@ LEAST_ROUNDS, MOST_ROUNDS = 5, 1000
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Carry out a command line, and end with its exit code: 2 where it asks for the impossible."""
-    # As by Ctrl-C: workers and temporary files go, and what is finished is written.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     chosen = parser().parse_args(arguments)
     try:
         code = chosen.command(chosen)
