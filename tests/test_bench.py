@@ -710,6 +710,15 @@ def test_results_are_written_and_read_as_they_are(tmp_path):
     assert not (tmp_path / "bad.json").exists()
 
 
+def test_messages_that_are_published_hold_no_path_of_the_machine(tmp_path):
+    here = Path(results.__file__)
+    text = f'File "{here}" of {sys.executable}, in {tmp_path}, {Path.home()}/x, {os.getcwd()}/y'
+    told = results.without_paths(text, sys.executable)
+    assert 'File "conformance/bench/results.py" of PYTHON' in told
+    for path in (str(HERE.parent), sys.prefix, str(Path.home()), str(tmp_path)):
+        assert f"{path}{os.sep}" not in told
+
+
 @pytest.mark.parametrize("path", sorted((HERE.parent / "results").glob("bench-*.json")), ids=str)
 def test_published_results_are_whole_and_by_the_schema(path):
     values = results.read(path)
