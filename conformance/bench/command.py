@@ -311,7 +311,8 @@ def allowed(chosen: argparse.Namespace, entry: dict[str, Any]) -> tuple[str, ...
 
 def peers_by_name(chosen: argparse.Namespace) -> set[str]:
     """The modules of the peers that --peer named, which --peers alone does not."""
-    return {impl.name for impl in chosen_peers(argparse.Namespace(peer=chosen.peer, peers=False))}
+    named = argparse.Namespace(**{**vars(chosen), "peers": False})
+    return {impl.name for impl in chosen_peers(named)}
 
 
 def refuse_lacking(
