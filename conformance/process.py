@@ -76,6 +76,7 @@ class Impl:
 
     name: str
     python: str
+    mode: str | None = None  # None: the run's, else the first of the backend's own
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,17 +161,24 @@ class WorkerProcess:
         self._lines, self._stderr = queue.Queue(WAITING), collections.deque()
         self._drains = [
             threading.Thread(target=drain, args=(self._process, store), daemon=True)
-            for drain, store in ((_read_lines, self._lines), (_read_errors, self._stderr))
+            for drain, store in ((_read_lines, self._lines), (read_errors, self._stderr))
         ]
         for thread in self._drains:
             thread.start()
+        return self.greet()
+
+    def greet(self) -> dict[str, Any]:
+        """Say hello to the process; gives its answer. Said again, it drops what it has opened.
+
+        Raises CannotStart as `start` does.
+        """
         setup = self.setup
         request = {
             "do": "hello",
             "backend": self.impl.name,
             "dtype": self.dtype,
             "device": setup.device,
-            "mode": setup.mode,
+            "mode": self.impl.mode or setup.mode,
             "threads": setup.threads,
             "cores": setup.cores or setup.threads,
             "goldens": str(setup.goldens),
@@ -186,8 +194,13 @@ class WorkerProcess:
             ) from died
         if self.hello["status"] != "ready":
             self.close()
-            raise refusal(self.impl, setup, self.hello)
+            raise refusal(self.impl, self.setup, self.hello)
         return self.hello
+
+    @property
+    def runs(self) -> bool:
+        """Whether there is a process; it may have ended since it was last asked."""
+        return self._process is not None
 
     def ask(self, request: dict[str, Any], timeout: float) -> dict[str, Any]:
         """The reply to a request. Raises WorkerDied; the next request finds a new process."""
@@ -205,7 +218,7 @@ class WorkerProcess:
         _write(process, b'{"do": "stop"}\n', 1.0, last=True)
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(2.0)
-        _kill(process)
+        kill(process)
         for thread in self._drains:
             thread.join(1.0)
 
@@ -256,7 +269,7 @@ class WorkerProcess:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(GRACE)
         code = process.poll()
-        _kill(process)
+        kill(process)
         for thread in self._drains:
             thread.join(1.0)
         stderr = b"".join(self._stderr).decode(errors="replace")[-4000:].strip()
@@ -392,7 +405,7 @@ def _write(process: subprocess.Popen, data: bytes, timeout: float, last: bool = 
     thread.join(timeout)
 
 
-def _read_errors(process: subprocess.Popen, kept: collections.deque) -> None:
+def read_errors(process: subprocess.Popen, kept: collections.deque) -> None:
     """Read stderr to its end, so that the worker never waits, and keep the last part of it."""
     size = 0
     with contextlib.suppress(ValueError, OSError):
@@ -403,7 +416,7 @@ def _read_errors(process: subprocess.Popen, kept: collections.deque) -> None:
                 size -= len(kept.popleft())
 
 
-def _kill(process: subprocess.Popen) -> None:
+def kill(process: subprocess.Popen) -> None:
     """Kill the process and every process of its session."""
     with contextlib.suppress(ProcessLookupError, PermissionError):
         if hasattr(os, "killpg"):

@@ -5,6 +5,7 @@ import importlib
 import io
 import json
 import os
+import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -379,7 +380,7 @@ def test_a_run_of_two_backends(place, capsys):
     assert "peak memory" in said.out
     assert "checked before and after the rounds" in said.out
     assert "round 5 of 5; about" in said.err
-    assert "checking numpy eager float32 again" in said.err
+    assert "checking numpy parallel float32 again" in said.err
 
 
 def test_a_step_that_is_wrong_or_does_less_has_no_figure(place, capsys):
@@ -611,7 +612,8 @@ def test_the_time_left_is_what_is_to_be_done_times_what_it_took():
     assert clock.seconds_left() == 140 + 3 * 140
     clock.left = dict.fromkeys(clock.left, 0)
     assert clock.seconds_left() == 0
-    assert table.duration(100) == "about 2 min left"
+    assert table.duration(100) == "; about 2 min left"
+    assert table.duration(None) == ""
 
 
 def test_which_modes_are_timed():
@@ -706,6 +708,15 @@ def test_results_are_written_and_read_as_they_are(tmp_path):
     with pytest.raises(results.ResultsError, match=r"\$: 'work' is missing"):
         results.write(tmp_path / "bad.json", {k: v for k, v in good.items() if k != "work"})
     assert not (tmp_path / "bad.json").exists()
+
+
+def test_messages_that_are_published_hold_no_path_of_the_machine(tmp_path):
+    here = Path(results.__file__)
+    text = f'File "{here}" of {sys.executable}, in {tmp_path}, {Path.home()}/x, {os.getcwd()}/y'
+    told = results.without_paths(text, sys.executable)
+    assert 'File "conformance/bench/results.py" of PYTHON' in told
+    for path in (str(HERE.parent), sys.prefix, str(Path.home()), str(tmp_path)):
+        assert f"{path}{os.sep}" not in told
 
 
 @pytest.mark.parametrize("path", sorted((HERE.parent / "results").glob("bench-*.json")), ids=str)
@@ -941,6 +952,20 @@ def test_comparing_says_what_changed_beyond_noise(tmp_path, capsys):
 def test_two_files_with_nothing_in_common_are_compared_too(capsys):
     compare.show(values_of(entry_of("S", "impl_tf")), values_of(entry_of("M", "impl_tf")))
     assert "nothing was timed in both" in capsys.readouterr().out
+
+
+def test_the_command_needs_nothing_but_numpy_and_safetensors():
+    script = (
+        "import sys\n"
+        "for name in ('typer', 'rich', 'matplotlib', 'jsonschema', 'torch', 'jax', 'tensorflow'):\n"
+        "    sys.modules[name] = None\n"
+        "from conformance.bench import command\n"
+        "command.main(['run', '--help'])\n"
+    )
+    python = [sys.executable, "-c", script]
+    done = subprocess.run(python, cwd=HERE.parent, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert "--workload" in done.stdout
 
 
 # --- devices ---------------------------------------------------------------------------------

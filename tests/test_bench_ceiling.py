@@ -27,6 +27,10 @@ def request(library: str, dtype: str = "float32", **changes) -> dict:
 @pytest.mark.parametrize("dtype", ["float32", "bf16"])
 def test_each_library_gives_rates_of_its_own(library, dtype, monkeypatch):
     monkeypatch.setattr(ceiling, "limit_cores", lambda count: None)  # this process goes on
+    if library == "tensorflow":  # whose threads cannot be set any more where another test used it
+        threading = pytest.importorskip("tensorflow").config.threading
+        monkeypatch.setattr(threading, "set_intra_op_parallelism_threads", lambda count: None)
+        monkeypatch.setattr(threading, "set_inter_op_parallelism_threads", lambda count: None)
     if (library, dtype) == ("numpy", "bf16"):
         with pytest.raises(ValueError, match="NumPy has no bf16; use float32 or float64"):
             ceiling.rates(request(library, dtype))

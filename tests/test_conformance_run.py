@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 from conformance.__main__ import app
 from conformance.process import KEPT, Impl, Setup, WorkerDied, WorkerProcess
-from conformance.reports import SCHEMA, explain, number, printable
+from conformance.reports import SCHEMA, Report, explain, number, printable
 from conformance.runner import Plan, Suite
 from spec.config import load_config
 from spec.goldens import GOLDENS, GoldenError, Goldens
@@ -315,6 +315,11 @@ def test_results_that_do_not_match_the_selection_fail(goldens, place):
     assert not column.ok
     column.results.clear()
     assert not column.ok
+    assert not Report(suite.plan, [column]).ok
+    column.selected.clear()  # nothing asked for and nothing done is no pass either
+    assert not column.ok
+    assert not Report(suite.plan, [column]).ok
+    assert not Report(suite.plan, []).ok
 
 
 def test_a_worker_keeps_the_end_of_a_flood_and_nothing_more(goldens, place):

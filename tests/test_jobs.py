@@ -145,6 +145,44 @@ def test_an_environment_is_kept_until_its_requirements_change(tmp_path, monkeypa
     assert not left_over.exists()
 
 
+def test_the_oracles_environment_is_made_only_where_none_has_its_packages(tmp_path, monkeypatch):
+    monkeypatch.setattr(jobs, "ENVIRONMENTS", tmp_path / "environments")
+    monkeypatch.setattr(jobs, "REQUIREMENTS", tmp_path)
+    (tmp_path / "goldens.txt").write_text("mpmath==1\n")
+    (tmp_path / "tests.txt").write_text("-r goldens.txt\npytest==1\n")
+    session = Session()
+    assert jobs.oracle_environment(session) == str(jobs.python_of("goldens"))
+    count = len(session.commands)
+    jobs.environment(session, "tests")
+    made = len(session.commands)
+    assert made > count
+    assert jobs.oracle_environment(session) == str(jobs.python_of("tests"))
+    assert len(session.commands) == made
+
+
+@pytest.mark.parametrize(
+    ("arguments", "is_made"),
+    [
+        (["--config", "mine.toml", "--seed", "3"], True),
+        (["numpy", "--config=mine.toml"], True),
+        (["--config", "mine.toml", "--oracle", "python3"], False),
+        (["--timing-config", "tiny"], False),
+    ],
+)
+def test_a_config_brings_the_oracles_environment(arguments, is_made, monkeypatch):
+    session = Session()
+    session.posargs = ["--accelerator", "cpu", *arguments]
+    made = []
+    monkeypatch.setattr(jobs, "environment", lambda session, name: made.append(name) or name)
+    monkeypatch.setattr(jobs, "stands", lambda name: False)
+    getattr(jobs.conformance, "func", jobs.conformance)(session)
+    assert ("goldens" in made) == is_made
+    (command,) = session.commands
+    oracle = ["--oracle", "goldens"] if is_made else []
+    passed_on = [argument for argument in arguments if argument != "numpy"]
+    assert list(command[-len(oracle) - len(passed_on) :]) == [*oracle, *passed_on]
+
+
 @pytest.fixture
 def asked(monkeypatch):
     """A session whose environments are names, to see what `nox -s bench` would run."""

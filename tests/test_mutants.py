@@ -16,6 +16,7 @@ from conformance.mutants import (
     load_mutants,
     mutated,
     report,
+    rows,
     run_copy,
     try_mutant,
 )
@@ -28,11 +29,7 @@ ALL = [mutant for impl in IMPLS for mutant in load_mutants(impl)]
 MUTANTS = [mutant for mutant in ALL if mutant.impl not in SLOW]
 CLAUSES = {f"S{number}" for number in (*range(1, 11), 13)}
 LEAST = 80  # over all implementations
-QUICK = (
-    "S1",
-    "S2",
-    "S7",
-)  # of the slow ones, the first of each of these is tried; nox has the rest
+QUICK = ("S1", "S2", "S7")  # of the slow ones, the first of each is tried; nox has the rest
 PAGE = ROOT / "docs" / "mutants.md"
 
 
@@ -232,6 +229,107 @@ def test_the_page_marks_a_survivor():
     assert "| killed | 1 of 1 (100.0 %) | 0 of 1 (0.0 %) | 1 of 2 (50.0 %) |" in text
 
 
+@pytest.fixture
+def every_row(tmp_path):
+    """A file of rows of every fault there is, all found on the files as they are."""
+    store = rows.Rows(tmp_path / "rows.json")
+    for mutant in ALL:
+        expected = {"clause": mutant.clause, "block": mutant.block, "cause": mutant.cause}
+        row = a_row(impl=mutant.impl, name=mutant.name, fault=mutant.fault, expected=expected)
+        store.curated[mutant.impl, mutant.name] = {**row, "of": rows.stamp_of(mutant)}
+    for impl in auto.IMPLS:
+        of = rows.stamp_of_auto(impl)
+        for mutant in auto.mutants_of(impl):
+            fields = {**dataclasses.asdict(mutant), "by": "L1/tiny/guide_1 float64", "of": of}
+            del fields["source"]
+            store.automatic.setdefault(impl, []).append({**fields, "reason": None})
+    store.save()
+    return store
+
+
+def run_command(*arguments: str):
+    from typer.testing import CliRunner
+
+    from conformance.mutants.__main__ import app
+
+    return CliRunner().invoke(app, arguments)
+
+
+def test_the_page_is_written_from_rows_and_nothing_is_tried_again(every_row, tmp_path):
+    page, reports = tmp_path / "page.md", tmp_path / "reports"
+    arguments = ["--rows", str(every_row.path), "--page", str(page), "--reports", str(reports)]
+    before = every_row.path.read_text(encoding="utf-8")
+    found = run_command(*arguments)
+    assert found.exit_code == 0, found.output
+    assert "mutants: 0" in found.output
+    assert every_row.path.read_text(encoding="utf-8") == before
+    text = page.read_text(encoding="utf-8")
+    assert f"| mutants | {' | '.join(str(len(load_mutants(i))) for i in report.ORDER)} | " in text
+    assert (
+        f"| {len(auto.mutants_of('torch'))} of {len(auto.mutants_of('torch'))} (100.0 %) |" in text
+    )
+    assert run_command(*arguments, "--auto").exit_code == 0
+
+
+def test_a_stale_row_is_tried_again_and_kept(every_row, tmp_path):
+    page, reports = tmp_path / "page.md", tmp_path / "reports"
+    mutant = next(m for m in ALL if (m.impl, m.name) == ("numpy", "q-sample-factors-swapped"))
+    key = mutant.impl, mutant.name
+    every_row.curated[key]["of"] = "of another time"
+    every_row.save()
+    arguments = ["--rows", str(every_row.path), "--page", str(page), "--reports", str(reports)]
+    refused = run_command(*arguments, "--impl", "torch")
+    assert refused.exit_code == 1
+    assert "1 of numpy (q-sample-factors-swapped); run with --impl numpy" in " ".join(
+        refused.output.split()
+    )
+    assert not page.exists()
+    assert run_command(*arguments, "--impl", "numpy").exit_code == 0
+    assert f"`{key[1]}`" in page.read_text(encoding="utf-8")
+    again = rows.Rows(every_row.path)
+    assert again.curated[key]["margin"] > 1e9  # and no more that of a_row
+    assert again.curated[key]["of"] == rows.stamp_of(mutant)
+
+
+def test_a_wrong_verdict_is_tried_again_though_its_row_is_fresh(every_row):
+    mutant = next(m for m in ALL if m.impl == "numpy")
+    assert every_row.settled(mutant)
+    every_row.curated[mutant.impl, mutant.name]["problem"] = "survived"
+    assert every_row.fresh(mutant)
+    assert not every_row.settled(mutant)
+
+
+def test_automatic_rows_are_refused_where_one_is_missing(every_row):
+    every_row.automatic["numpy"].pop()
+    with pytest.raises(rows.StaleError, match=r"faults of numpy; run with --auto --impl numpy"):
+        every_row.automatic_rows()
+
+
+def test_rows_are_not_kept_where_the_files_changed_as_they_ran(tmp_path, monkeypatch):
+    store = rows.Rows(tmp_path / "rows.json")
+    job = {"impl": "numpy", "dtype": "float64", "names": ["q-sample-factors-swapped"]}
+    store.expect([job])
+    monkeypatch.setattr(rows, "stamp", lambda impl, text: "of other files")
+    with pytest.raises(MutantError, match="1 rows of numpy are not kept"):
+        store.keep(job, [a_row(name="q-sample-factors-swapped")])
+    assert not store.path.exists()
+
+
+def test_a_fault_that_is_there_no_more_loses_its_row(every_row):
+    every_row.curated["numpy", "of-old"] = a_row(name="of-old", of="")
+    every_row.save()
+    assert ("numpy", "of-old") not in rows.Rows(every_row.path).curated
+
+
+def test_a_file_that_holds_no_rows_is_refused(tmp_path):
+    path = tmp_path / "other.json"
+    path.write_text("[]", encoding="utf-8")
+    found = run_command("--impl", "numpy", "--name", "q-sample-*", "--rows", str(path))
+    assert found.exit_code == 2
+    assert "holds no rows of mutants" in " ".join(found.output.split())
+    assert run_command("--rows", str(path), "--dtype", "float32").exit_code == 2
+
+
 def test_cases_run_by_level_and_are_the_tiny_ones():
     cases = golden_cases(goldens(), "float64")
     assert [case.level for case in cases] == sorted(case.level for case in cases)
@@ -336,15 +434,11 @@ def test_a_wrong_entry_is_named(tmp_path, monkeypatch, text, message):
 
 
 def test_the_command_tells_and_fails(tmp_path):
-    from typer.testing import CliRunner
-
-    from conformance.mutants.__main__ import app
-
-    run = functools.partial(CliRunner().invoke, app)
-    caught = run(["--impl", "numpy", "--name", "q-sample-*", "--reports", str(tmp_path)])
+    reports = ("--reports", str(tmp_path))
+    caught = run_command("--impl", "numpy", "--name", "q-sample-*", *reports)
     assert caught.exit_code == 0, caught.output
     assert "L1/tiny/q_sample (S2)" in caught.output
     assert "smallest margins" in caught.output
     assert "`q-sample-in-place`" in (tmp_path / "mutants.md").read_text(encoding="utf-8")
-    assert run(["--impl", "cobol"]).exit_code == 2
-    assert run(["--name", "no-such-*"]).exit_code == 2
+    assert run_command("--impl", "cobol").exit_code == 2
+    assert run_command("--name", "no-such-*").exit_code == 2

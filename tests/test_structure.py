@@ -17,7 +17,7 @@ from conformance import lines
 
 ROOT = Path(__file__).resolve().parents[1]
 FRAMEWORKS = {
-    "impl_numpy": set(),
+    "impl_numpy": {"threadpoolctl"},
     "impl_torch": {"torch"},
     "impl_tf": {"tensorflow", "keras"},
     "impl_jax": {"jax", "flax"},
@@ -244,6 +244,17 @@ OTHERS = [name for name in IMPLEMENTATIONS if name != "impl_numpy"]
 def test_same_functions_same_arguments_same_order(implementation, file):
     assert outline(read("impl_numpy", file))
     assert outline(read(implementation, file)) == outline(read("impl_numpy", file))
+
+
+SHARING = [name for name in OTHERS if (ROOT / name / "parallel.py").exists()]
+
+
+@pytest.mark.parametrize("implementation", SHARING)
+def test_whoever_shares_out_a_batch_does_so_under_the_same_names(implementation):
+    # PyTorch does not: its own threads are as fast on a CPU. NumPy's have a class of their own.
+    functions = [f for f in outline(read("impl_numpy", "parallel.py")) if f[0] != "Workers"]
+    assert functions
+    assert outline(read(implementation, "parallel.py")) == functions
 
 
 @pytest.mark.parametrize("implementation", OTHERS)

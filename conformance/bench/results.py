@@ -4,6 +4,8 @@ import datetime
 import json
 import math
 import os
+import sys
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ import numpy as np
 
 from conformance.bench import stats
 from conformance.bench.rounds import Bench, Plan, Run
+from conformance.process import ROOT
 
 SCHEMA_VERSION = 1
 SCHEMA = Path(__file__).parent / "schema.json"
@@ -64,7 +67,7 @@ def run_entry(run: Run) -> dict[str, Any]:
         "peer_network": bool(run.before and not run.before.full),
         "device": str(run.describe.get("device", "")),
         "status": run.status,
-        "message": run.message,
+        "message": without_paths(run.message, run.contender.impl.python),
         "gate": {
             "before": run.before and run.before.report(),
             "after": run.after and run.after.report(),
@@ -91,6 +94,25 @@ def run_entry(run: Run) -> dict[str, Any]:
             "images_per_second": run.workload.batch / summary.median,
         }
     return entry
+
+
+def without_paths(text: str, python: str) -> str:
+    """The text without paths of this machine, since results are published."""
+    places = {
+        python: "PYTHON",
+        str(Path(python).resolve()): "PYTHON",
+        f"{ROOT}{os.sep}": "",
+        str(Path(python).parent.parent): "ENVIRONMENT",
+        sys.prefix: "ENVIRONMENT",
+        sys.base_prefix: "PREFIX",
+        tempfile.gettempdir(): "TEMPORARY",
+        os.getcwd(): ".",
+        str(Path.home()): "~",
+    }
+    for place, name in places.items():
+        if len(place) > 1:
+            text = text.replace(place, name)
+    return text
 
 
 def _middle(starts: Sequence[Mapping[str, float | None]], what: str) -> float | None:

@@ -27,6 +27,7 @@ JUDGED_AT_ONCE = 4  # states of the check after the rounds: each takes several c
 # of every other backend, it is the first that the module names.
 PREFERRED = {
     "impl_jax": ("parallel", "compiled"),
+    "impl_tf": ("parallel", "compiled"),
     "impl_numpy": ("parallel", "eager"),
 }
 SLOW = {("impl_tf", "eager"), ("impl_jax", "eager")}  # not in `--mode all`: minutes a step

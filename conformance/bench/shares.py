@@ -40,8 +40,8 @@ def measure(
         if c.impl.name in LIBRARIES
     )
     found, problems = [], []
-    for i, (library, python, dtype) in enumerate(asked):
-        seen(f"ceiling of {library} {dtype}", (len(asked) - i) * 1.5 * seconds)
+    for library, python, dtype in asked:
+        seen(f"measuring the ceiling of {library} {dtype}, about {seconds:g} s", None)
         try:
             found.append(
                 ceiling.measure(python, library, dtype, plan.device, plan.threads, gemms, seconds)

@@ -325,12 +325,12 @@ def plain_table(title: str, rows: Rows) -> str:
 
 
 def duration(value: float | None) -> str:
-    """A time left, roughly."""
+    """A time left, roughly; nothing where it is not known yet."""
     if value is None:
-        return "time left not known yet"
+        return ""
     if value < 90:
-        return f"about {max(5, 5 * round(value / 5))} s left"
-    return f"about {round(value / 60)} min left"
+        return f"; about {max(5, 5 * round(value / 5))} s left"
+    return f"; about {round(value / 60)} min left"
 
 
 @contextlib.contextmanager
@@ -339,7 +339,7 @@ def progress(out: TextIO | None = None) -> Iterator[Seen]:
     out = out or sys.stderr
 
     def written(text: str, left: float | None) -> None:
-        print(f"{time.strftime('%H:%M:%S')} {text}; {duration(left)}", file=out, flush=True)
+        print(f"{time.strftime('%H:%M:%S')} {text}{duration(left)}", file=out, flush=True)
 
     if not out.isatty():
         yield written
@@ -351,4 +351,4 @@ def progress(out: TextIO | None = None) -> Iterator[Seen]:
         yield written
         return
     with Console(file=out).status("starting") as status:
-        yield lambda text, left: status.update(Text(f"{text}; {duration(left)}"))
+        yield lambda text, left: status.update(Text(f"{text}{duration(left)}"))

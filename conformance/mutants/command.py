@@ -2,19 +2,19 @@
 
 import fnmatch
 import json
-import math
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from conformance.mutants import auto, report
+from conformance.mutants import rows as keeping
 from conformance.mutants.engine import IMPLS, Mutant, MutantError, load_mutants
-from conformance.process import Setup, environment, interpreter
+from conformance.process import ROOT, Setup, environment, interpreter
 from conformance.reports import write, write_json
 from conformance.runner import UsageError, check_dtypes, check_jobs
 from conformance.show import Watch, console
@@ -63,18 +63,30 @@ def jobs_of(mutants: list[Mutant], dtype: str | None, parts: int) -> list[Job]:
     return sorted(made, key=lambda job: job["impl"] not in ("jax", "tf"))  # the longest first
 
 
+def auto_jobs(impls: list[str], every: int, parts: int) -> tuple[list[Job], int]:
+    """Jobs of so many parts for each implementation, and of how many mutants in all."""
+    jobs = [
+        dict(impl=impl, dtype="float64", auto=dict(part=(part, parts), every=every))
+        for impl in impls
+        for part in range(parts)
+    ]
+    return jobs, sum(len(auto.mutants_of(impl)[::every]) for impl in impls)
+
+
 def rows_of(job: Job) -> Iterator[dict[str, Any]]:
     """The rows that a worker gives for a job. Raises MutantError where it ends otherwise."""
     impl = job["impl"]
     setup = Setup(GOLDENS, "cpu", "eager", 1, 0.0, load_config("tiny"))
     command = [interpreter(f"impl_{impl}", "cpu"), "-m", "conformance.mutants.worker"]
+    # a copy would keep what JAX compiles beside itself, and lose it with each mutant
+    env = {"JAX_CACHE": str(ROOT / ".jax_cache"), **environment(job["dtype"], setup)}
     with tempfile.TemporaryFile() as errors:
         process = subprocess.Popen(
             command,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=errors,
-            env=environment(job["dtype"], setup),
+            env=env,
             text=True,
             encoding="utf-8",
         )
@@ -102,8 +114,13 @@ def rows_of(job: Job) -> Iterator[dict[str, Any]]:
         )
 
 
-def run_jobs(jobs: list[Job], at_a_time: int, seen: Callable[[str], None]) -> list[report.Row]:
-    """The rows of all jobs, so many at a time; seen hears of every row."""
+def run_jobs(
+    jobs: list[Job],
+    at_a_time: int,
+    seen: Callable[[str], None],
+    keep: Callable[[Job, list[report.Row]], None] | None = None,
+) -> list[report.Row]:
+    """The rows of all jobs, so many at a time; seen hears of every row, keep of every job."""
 
     def run(job: Job) -> list[report.Row]:
         rows = []
@@ -113,20 +130,21 @@ def run_jobs(jobs: list[Job], at_a_time: int, seen: Callable[[str], None]) -> li
         return rows
 
     with ThreadPoolExecutor(at_a_time) as pool:
-        return [row for rows in pool.map(run, jobs) for row in rows]
-
-
-def plain(rows: list[report.Row]) -> list[report.Row]:
-    """The rows with infinite margins as words, as JSON has no infinity."""
-    return [{k: "inf" if v == math.inf else v for k, v in row.items()} for row in rows]
+        running = {pool.submit(run, job): i for i, job in enumerate(jobs)}
+        found: list[list[report.Row]] = [[]] * len(jobs)
+        for future in as_completed(running):
+            i = running[future]
+            found[i] = future.result()
+            if keep:
+                keep(jobs[i], found[i])
+    return [row for rows in found for row in rows]
 
 
 def kept(path: Path) -> list[report.Row]:
     """The rows of an earlier run, so that one page tells of both kinds; none where none is."""
     if not path.exists():
         return []
-    rows = json.loads(path.read_text(encoding="utf-8"))["mutants"]
-    return [{**row, "margin": float(row["margin"])} if row.get("margin") else row for row in rows]
+    return keeping.revived(json.loads(path.read_text(encoding="utf-8"))["mutants"])
 
 
 @app.command()
@@ -147,6 +165,13 @@ def mutants(
     ] = None,
     reports: Annotated[Path, typer.Option(help="Folder for the reports.")] = Path("reports"),
     page: Annotated[Path | None, typer.Option(help="Write the page to this file too.")] = None,
+    rows: Annotated[
+        Path | None,
+        typer.Option(
+            help="Keep the rows in this file, try only what has none there for the files as they "
+            "are, and write the page from all that it holds."
+        ),
+    ] = None,
 ) -> None:
     """Put each fault into a copy of an implementation, and see that the suite catches it there.
 
@@ -155,6 +180,9 @@ def mutants(
     out, watch = console(), Watch(console())
     try:
         at_a_time = check_jobs(jobs)
+        if rows and (dtype or every != 1):
+            raise UsageError("--rows keeps what the page tells; leave out --dtype and --every")
+        store = keeping.Rows(rows) if rows else None
         if automatic:
             if name or dtype:
                 raise UsageError("--auto mutates everything; leave out --name and --dtype")
@@ -162,15 +190,14 @@ def mutants(
                 raise UsageError(f"--every {every} is less than 1; choose 1 or more")
             chosen_impls = impl or list(auto.IMPLS)
             choose(chosen_impls, [], auto.IMPLS)
-            work = [
-                dict(impl=i, dtype="float64", auto=dict(part=(part, at_a_time), every=every))
-                for i in chosen_impls
-                for part in range(at_a_time)
-            ]
-            total = sum(len(auto.mutants_of(i)[::every]) for i in chosen_impls)
+            if store:
+                chosen_impls = [i for i in chosen_impls if not store.fresh_auto(i)]
+            work, total = auto_jobs(chosen_impls, every, at_a_time)
         else:
             chosen = choose(impl or list(IMPLS), name)
             check_dtypes([dtype] if dtype else [])
+            if store:
+                chosen = [mutant for mutant in chosen if not store.settled(mutant)]
             work, total = jobs_of(chosen, dtype, at_a_time), len(chosen)
         with watch.steps("mutants") as seen:
             done = 0
@@ -182,16 +209,24 @@ def mutants(
                     seen(f"{done} of {total}: {text}" if out.is_terminal else f"{done} of {total}")
 
             seen(f"{total} to do")
-            rows = run_jobs(work, at_a_time, follow)
+            if store:
+                store.expect(work)
+            found = run_jobs(work, at_a_time, follow, store.keep if store else None)
     except (UsageError, GoldenError, MutantError) as error:
         Watch(console(stderr=True)).say(f"error: {error}")
         raise typer.Exit(2 if isinstance(error, UsageError) else 1) from error
-    write_json(reports / (AUTOMATIC if automatic else CURATED), {"mutants": plain(rows)})
+    write_json(reports / (AUTOMATIC if automatic else CURATED), {"mutants": keeping.plain(found)})
+    failed = _tell_auto(watch, found) if automatic else _tell(watch, out, found, dtype is None)
     both = [kept(reports / CURATED), kept(reports / AUTOMATIC)]
+    try:
+        if store and page:
+            both = [store.curated_rows(), store.automatic_rows()]
+    except keeping.StaleError as error:
+        Watch(console(stderr=True)).say(f"error: {error}")
+        raise typer.Exit(1) from error
     paths = [path for path in (reports / PAGE, page) if path]
     for path in paths:
         write(path, report.page(*both).encode())
-    failed = _tell_auto(watch, rows) if automatic else _tell(watch, out, rows, dtype is None)
     watch.say(f"reports: {', '.join(map(str, paths))}")
     raise typer.Exit(1 if failed else 0)
 
