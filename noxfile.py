@@ -1,4 +1,4 @@
-"""The jobs of this repository: `nox -s conformance`, `tests`, `lint`, `goldens` and `mutants`.
+"""The jobs of this repository: `nox -s conformance`, `bench`, `tests`, `lint` and others.
 
 Each backend runs in an environment of its own, so that no two frameworks meet in one process.
 Environments stand in .nox/ and are kept until their requirement files change.
@@ -18,6 +18,8 @@ ROOT = Path(__file__).parent
 ENVIRONMENTS = ROOT / ".nox"
 REQUIREMENTS = ROOT / "requirements"
 ACCELERATORS = ("cpu", "cuda")
+STAMP = "made-from.sha256"  # in an environment: the fingerprint of its requirements
+BENCH_COMMANDS = ("run", "scaling", "show", "compare")
 ORDER = ("numpy", "torch", "tf", "jax")  # in which reports name the backends
 
 nox.needs_version = ">=2024.3.2"
@@ -105,6 +107,19 @@ def fingerprint(path: Path) -> str:
     return hashlib.sha256("\n".join(text).encode()).hexdigest()
 
 
+def python_of(name: str) -> Path:
+    """The Python of .nox/NAME, there or not."""
+    return ENVIRONMENTS / name / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+
+
+def stands(name: str) -> bool:
+    """Whether .nox/NAME is there, and made from what its requirement files say now."""
+    stamp = ENVIRONMENTS / name / STAMP
+    wanted = fingerprint(REQUIREMENTS / f"{name}.txt")
+    there = python_of(name).exists() and stamp.exists()
+    return there and stamp.read_text(encoding="utf-8") == wanted
+
+
 def environment(session: nox.Session, name: str) -> str:
     """The Python of .nox/NAME, which holds requirements/NAME.txt; made where it is not there.
 
@@ -116,9 +131,8 @@ def environment(session: nox.Session, name: str) -> str:
             "make .venv with one, and install nox there"
         )
     folder, requirements = ENVIRONMENTS / name, REQUIREMENTS / f"{name}.txt"
-    python = folder / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
-    stamp, wanted = folder / "made-from.sha256", fingerprint(requirements)
-    if python.exists() and stamp.exists() and stamp.read_text(encoding="utf-8") == wanted:
+    python, wanted = python_of(name), fingerprint(requirements)
+    if stands(name):
         session.log(f"environment .nox/{name}: kept")
         return str(python)
     if folder.exists():
@@ -129,8 +143,18 @@ def environment(session: nox.Session, name: str) -> str:
     quiet = [] if sys.stdout.isatty() else ["--quiet"]
     install = [str(python), "-m", "pip", "install", *quiet, "-r", str(requirements)]
     session.run(*install, external=True)
-    stamp.write_text(wanted, encoding="utf-8")  # last: half an environment is never kept
+    (folder / STAMP).write_text(wanted, encoding="utf-8")  # last: half an environment is never kept
     return str(python)
+
+
+def oracle_environment(session: nox.Session) -> str:
+    """The Python that makes fresh goldens: of whichever environment has its packages."""
+    return environment(session, "tests" if stands("tests") else "goldens")
+
+
+def asks(options: list[str], name: str) -> bool:
+    """Whether an option is among those that are passed on."""
+    return any(option.partition("=")[0] == name for option in options)
 
 
 def warn_of_large_torch(session: nox.Session, python: str, requirements: Path) -> None:
@@ -155,7 +179,8 @@ def warn_of_large_torch(session: nox.Session, python: str, requirements: Path) -
 def conformance(session: nox.Session) -> None:
     """Check every backend against the spec: `-- [numpy torch ...] [--accelerator cpu|cuda] [...]`.
 
-    Options other than --accelerator go on to `python -m conformance run`.
+    Options other than --accelerator go on to `python -m conformance run`. For `--config FILE` the
+    environment is made too that makes fresh goldens.
     """
     try:
         request = parse(session.posargs, present_backends())
@@ -172,8 +197,45 @@ def conformance(session: nox.Session) -> None:
         implementations += ["--impl", f"impl_{name}={python}"]
     # On "auto" a backend takes the GPU where it can use one; NumPy cannot.
     device = ["--device", "auto"] if request.accelerator == "cuda" else []
-    command = ["-m", "conformance", "run", *implementations, *device, *request.passed_on]
+    oracle = []
+    if asks(request.passed_on, "--config") and not asks(request.passed_on, "--oracle"):
+        oracle = ["--oracle", oracle_environment(session)]
+    command = ["-m", "conformance", "run", *implementations, *device, *oracle, *request.passed_on]
     session.run(runner, *command, external=True)
+
+
+@nox.session
+def bench(session: nox.Session) -> None:
+    """Time the backends: `-- [show|compare FILE ...] [numpy torch ...] [--peers] [...]`.
+
+    `--accelerator cpu|cuda` is as above; the rest goes on to `python -m conformance.bench run`.
+    """
+    command, arguments = "run", list(session.posargs)
+    if arguments and arguments[0] in BENCH_COMMANDS:
+        command = arguments.pop(0)
+    runner = environment(session, "base")
+    if command in ("show", "compare"):
+        session.run(runner, "-m", "conformance.bench", command, *arguments, external=True)
+        return
+    try:
+        request = parse(arguments, present_backends())
+    except ValueError as error:
+        session.error(str(error))
+    accelerator = request.accelerator
+    session.log(f"accelerator: {accelerator} ({request.reason})")
+    implementations = []
+    for name in request.backends:
+        if name == "numpy" and accelerator == "cuda":
+            session.log("numpy is left out: it runs on the CPU; `--accelerator cpu` times it")
+            continue
+        python = environment(session, f"{name}-{accelerator}")
+        implementations += ["--impl", f"impl_{name}={python}"]
+    if "--peers" in request.passed_on:
+        for path in sorted(REQUIREMENTS.glob(f"peers-*-{accelerator}.txt")):
+            environment(session, path.stem)  # the command finds them there
+    device = ["--device", accelerator]
+    command_line = ["-m", "conformance.bench", command, *implementations, *device]
+    session.run(runner, *command_line, *request.passed_on, external=True)
 
 
 @nox.session
@@ -200,6 +262,19 @@ def mutants(session: nox.Session) -> None:
         environment(session, f"{name}-cpu")  # each implementation runs in its own
     python = environment(session, "base")
     session.run(python, "-m", "conformance", "mutants", *session.posargs, external=True)
+
+
+@nox.session
+def fresh(session: nox.Session) -> None:
+    """Check every backend on random configs and inputs: `-- [--count 200] [--first 0] [...]`.
+
+    All that stands behind `--` goes on to `python -m conformance fresh`.
+    """
+    for name in present_backends():
+        environment(session, f"{name}-cpu")  # each implementation runs in its own
+    python, oracle = environment(session, "base"), oracle_environment(session)
+    command = ["-m", "conformance", "fresh", "--oracle", oracle, *session.posargs]
+    session.run(python, *command, external=True)
 
 
 @nox.session

@@ -1,17 +1,19 @@
-"""The command line: `python -m conformance run`, `new`, `parity`, `samples`, `lines`, `mutants`."""
+"""The command line: `python -m conformance run`, `fresh`, `parity`, `samples`, `new`, and more."""
 
 import errno
 import signal
 import sys
 import tempfile
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from conformance import bench, coach, lines, parity, samples, show, starter
+from conformance import bench, coach, fresh, lines, parity, samples, show, starter
 from conformance.mutants.command import mutants
+from conformance.oracle import Fresh, Oracle, check_fresh, columns_of, find_oracle
 from conformance.process import (
     ROOT,
     CannotStart,
@@ -37,7 +39,7 @@ from conformance.runner import (
 )
 from spec.backend import MODES
 from spec.config import ConfigError, load_config
-from spec.goldens import GOLDENS, GoldenError, Goldens
+from spec.goldens import GOLDENS, Case, GoldenError, Goldens
 
 app = typer.Typer(
     add_completion=False,
@@ -57,11 +59,22 @@ Impls = Annotated[
         help="A backend's module; after =, the interpreter that runs it. Repeat for more.",
     ),
 ]
+EveryImpl = Annotated[
+    list[str],
+    typer.Option(
+        "--impl",
+        metavar="MODULE[=PYTHON]",
+        help="A backend; default: all that stand here, each with the environment nox made it.",
+    ),
+]
+OraclePython = Annotated[
+    str | None, typer.Option(metavar="PYTHON", help="The interpreter that makes fresh goldens.")
+]
 Threads = Annotated[int | None, typer.Option(help="Threads of every backend; default: all cores.")]
 Timeout = Annotated[float, typer.Option(help="Seconds for one case, compilation included.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, or auto: what a backend finds.")]
 Mode = Annotated[
-    str | None, typer.Option(help="eager or compiled; default: the first that a backend has.")
+    str | None, typer.Option(help="eager, compiled, parallel, ...; default: a backend's first.")
 ]
 Reports = Annotated[Path, typer.Option(help="Folder for the reports.")]
 GoldensFolder = Annotated[Path, typer.Option("--goldens", help="Folder of the goldens.")]
@@ -76,12 +89,32 @@ def _plan(
     globs: list[str],
     threads: int | None,
     timeout: float,
-    folder: Path,
+    folder: Path | Fresh,
 ) -> Plan:
     """Everything asked for, checked before any work. Raises UsageError or GoldenError.
 
-    No dtypes: those of the device, of which a backend may lack the optional ones.
+    No dtypes: those of the device, of which a backend may lack the optional ones. Fresh goldens are
+    made here, when all else is checked.
     """
+    dtypes, plan_of = _asked(impls, dtypes, device, mode, threads, timeout)
+    if isinstance(folder, Fresh):
+        goldens = folder.make(dtypes, levels, globs)
+    else:
+        goldens = Goldens(folder.absolute())
+    cases = select(goldens, levels, globs)
+    goldens.verify()
+    return plan_of(goldens, cases)
+
+
+def _asked(
+    impls: list[str],
+    dtypes: list[str],
+    device: str,
+    mode: str | None,
+    threads: int | None,
+    timeout: float,
+) -> tuple[list[str], Callable[[Goldens, list[Case]], Plan]]:
+    """The dtypes of a plan, and what makes it of goldens and cases. Raises UsageError."""
     asked = bool(dtypes)
     chosen: dict[str, Impl] = {}
     for text in impls:
@@ -97,18 +130,20 @@ def _plan(
         raise UsageError(f"--mode {mode!r} is unknown; choose one of {', '.join(MODES)}")
     if not 0 < timeout <= 86400:
         raise UsageError(f"--timeout {timeout:g} is outside (0, 86400] seconds; choose one inside")
-    threads = check_threads(threads)
-    goldens = Goldens(folder.absolute())
-    cases = select(goldens, levels, globs)
-    goldens.verify()
-    if not asked:  # goldens of one's own may have no tolerance for a column that may be lacking
-        dtypes = [d for d in dtypes if d not in optional or in_column(cases, d)]
-    for dtype in dtypes:
-        if not in_column(cases, dtype):
-            raise UsageError(f"no selected case has a {dtype} tolerance; choose other cases")
-    setup = Setup(goldens.folder, device, mode, threads, timeout, cases[0].config)
-    lacking = frozenset() if asked else frozenset(optional)
-    return Plan(list(chosen.values()), dtypes, goldens, cases, setup, lacking)
+    cores = check_threads(threads)
+
+    def plan_of(goldens: Goldens, cases: list[Case]) -> Plan:
+        columns = dtypes
+        if not asked:  # goldens of one's own may have no tolerance for a column that may be lacking
+            columns = [d for d in dtypes if d not in optional or in_column(cases, d)]
+        for dtype in columns:
+            if not in_column(cases, dtype):
+                raise UsageError(f"no selected case has a {dtype} tolerance; choose other cases")
+        setup = Setup(goldens.folder, device, mode, cores, timeout, cases[0].config)
+        lacking = frozenset() if asked else frozenset(optional)
+        return Plan(list(chosen.values()), columns, goldens, cases, setup, lacking)
+
+    return dtypes, plan_of
 
 
 def check_place(option: str, path: Path, is_folder: bool) -> None:
@@ -134,6 +169,7 @@ def _refuse(error: Exception) -> typer.Exit:
 
 @app.command()
 def run(
+    context: typer.Context,
     impl: Impls,
     dtype: Annotated[
         list[str],
@@ -161,6 +197,19 @@ def run(
     ] = None,
     reports: Reports = Path("reports"),
     goldens: GoldensFolder = GOLDENS,
+    config: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE|NAME", help="Check against fresh goldens of this config: a .toml file."
+        ),
+    ] = None,
+    seed: Annotated[
+        int | None, typer.Option(help="Of the inputs of fresh goldens; default: 0.")
+    ] = None,
+    oracle: OraclePython = None,
+    keep_goldens: Annotated[
+        Path | None, typer.Option(help="Folder, new or empty, that fresh goldens are left in.")
+    ] = None,
     timeout: Timeout = 300.0,
     threads: Threads = None,
     jobs: Annotated[
@@ -174,10 +223,14 @@ def run(
         bool, typer.Option("--hide-expected", help="Print and write no element of a golden.")
     ] = False,
 ) -> None:
-    """Check backends against the goldens; then time them and sample digits."""
+    """Check backends against the goldens; then time them and sample digits.
+
+    With --config, against goldens of that config, which are made first, on inputs that --seed
+    draws.
+    """
     out = show.console()
     watch = show.Watch(out)
-    everything = not level and not case
+    everything = not level and not case and config is None
     with_timing = everything if timing is None else timing
     with_samples = everything if samples_ is None else samples_
     try:
@@ -187,11 +240,26 @@ def run(
             raise UsageError(f"--rounds {rounds} is outside 1..1000; choose one inside")
         jobs = check_jobs(jobs)
         configs = bench.timing_configs(timing_config)
-        plan = _plan(impl, dtype, device, mode, level, case, threads, timeout, goldens)
-        plan.hide_expected = hide_expected
         check_place("--reports", reports, is_folder=True)
         if score:
             check_place("--score", score, is_folder=False)
+        only = {"--seed": seed, "--oracle": oracle, "--keep-goldens": keep_goldens}
+        if config is None:
+            if given := [option for option, value in only.items() if value is not None]:
+                raise UsageError(f"{given[0]} is for fresh goldens; give --config too")
+            plan = _plan(impl, dtype, device, mode, level, case, threads, timeout, goldens)
+        else:
+            if goldens != GOLDENS:
+                raise UsageError("--goldens and --config exclude each other; leave one out")
+            if with_samples:
+                raise UsageError("--samples is for the committed goldens; leave it or --config out")
+            folder = keep_goldens or Path(context.with_resource(tempfile.TemporaryDirectory()))
+            seed = check_fresh(seed, keep_goldens)
+            with watch.work() as told:
+                making = Fresh(load_config(config), seed, folder, oracle, jobs, told)
+                plan = _plan(impl, dtype, device, mode, level, case, threads, timeout, making)
+            watch.say(f"goldens of {making.config.name}, seed {seed}: {len(plan.cases)} cases")
+        plan.hide_expected = hide_expected
         with Suite(plan) as suite:
             try:
                 report = _run(suite, watch, jobs)
@@ -317,14 +385,7 @@ def samples_command(
 
 @app.command("parity")
 def parity_command(
-    impl: Annotated[
-        list[str],
-        typer.Option(
-            "--impl",
-            metavar="MODULE[=PYTHON]",
-            help="A backend; default: all that stand here, each with the environment nox made it.",
-        ),
-    ] = [],  # noqa: B006
+    impl: EveryImpl = [],  # noqa: B006
     steps: Annotated[int, typer.Option(help="Train steps.")] = 100,
     config: Annotated[str, typer.Option(help="A config's name, or a .toml file.")] = "digits",
     batch_size: Annotated[
@@ -377,6 +438,60 @@ def parity_command(
     watch.say(f"reports: {', '.join(map(str, paths))}")
     watch.say(f"parity: {'passed' if made.ok else 'FAILED'}")
     raise typer.Exit(0 if made.ok else 1)
+
+
+@app.command("fresh")
+def fresh_command(
+    context: typer.Context,
+    impl: EveryImpl = [],  # noqa: B006
+    count: Annotated[int, typer.Option(help="Random configs.")] = 200,
+    first: Annotated[int, typer.Option(help="Number of the first; each is also its seed.")] = 0,
+    dtype: Annotated[
+        list[str], typer.Option(help="float64, float32, tf32 or bf16; default: the first two.")
+    ] = ["float64", "float32"],  # noqa: B006
+    device: Device = "cpu",
+    mode: Annotated[
+        str | None, typer.Option(help="eager or compiled; default: what takes less time in each.")
+    ] = None,
+    reports: Reports = Path("reports"),
+    oracle: OraclePython = None,
+    keep_goldens: Annotated[
+        Path | None,
+        typer.Option(help="Folder that goldens are left in; those that it has are used again."),
+    ] = None,
+    timeout: Timeout = 300.0,
+    threads: Threads = None,
+    jobs: Annotated[
+        int | None, typer.Option(help="Columns checked at a time; default: 2, or 1 on one core.")
+    ] = None,
+) -> None:
+    """Check every backend on random configs and inputs, goldens of which are made on the way."""
+    out = show.console()
+    watch = show.Watch(out)
+    try:
+        fresh.check_numbers(first, count)
+        jobs = check_jobs(jobs)
+        check_place("--reports", reports, is_folder=True)
+        if keep_goldens:
+            check_place("--keep-goldens", keep_goldens, is_folder=True)
+        impls = impl or [f"{name}={interpreter(name, device)}" for name in shipped()]
+        dtypes, plan_of = _asked(impls, dtype, device, mode, threads, timeout)
+
+        def plan(goldens: Goldens) -> Plan:
+            made = plan_of(goldens, goldens.cases)
+            made.impls = fresh.with_modes(made.impls, mode)
+            return made
+
+        with Oracle(find_oracle(oracle)) as process, watch.configs(count) as seen:
+            folder = keep_goldens or Path(context.with_resource(tempfile.TemporaryDirectory()))
+            maker = fresh.Maker(process, folder, columns_of(dtypes), keep_goldens is not None)
+            found = fresh.run_fresh(plan, maker, first, count, reports, jobs, seen)
+    except (UsageError, ConfigError, GoldenError, CannotStart) as error:
+        raise _refuse(error) from error
+    show.show_fresh(out, found, reports)
+    watch.say(f"reports: {reports / fresh.REPORT}")
+    watch.say(f"fresh: {'passed' if found.ok else 'FAILED'}")
+    raise typer.Exit(0 if found.ok else 1)
 
 
 @app.command("new")

@@ -5,15 +5,13 @@ another earns a part. Clauses, levels and methods only sort the same points diff
 """
 
 import dataclasses
-import functools
 import inspect
-import re
 from collections.abc import Sequence
 from typing import Any
 
 from conformance.runner import Column, Plan, Result, in_column
 from spec.backend import Model
-from spec.goldens import SPEC, Case, Goldens, sha256
+from spec.goldens import Case, Goldens, sha256, titles
 
 SCORE_FORMAT = 1
 LEVELS = {
@@ -126,13 +124,6 @@ def lessons(columns: Sequence[Column]) -> list[Column]:
 
 def _number(clause: str) -> int:
     return int(clause.removeprefix("S"))
-
-
-@functools.cache
-def titles() -> dict[str, str]:
-    """Clause -> its title in SPEC.md."""
-    text = (SPEC / "SPEC.md").read_text(encoding="utf-8")
-    return dict(re.findall(r"^## (S\d+) (.+)$", text, re.MULTILINE))
 
 
 def signature(method: str) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 import numpy as np
 
 from spec.backend import ARRAY_DTYPES
-from spec.goldens import Case, GoldenError, Output
+from spec.goldens import Case, GoldenError, Output, tolerance_of
 from spec.params import parameter_shapes
 
 # What each norm measures; the error is taken in float64, on the elements that the golden stores.
@@ -80,29 +80,6 @@ def result_dtype(key: str, dtype: str) -> str:
     return "float64" if made_here else ARRAY_DTYPES[dtype]
 
 
-def tolerance_of(case: Case, output: Output, dtype: str) -> tuple[dict[str, float], str]:
-    """Norm -> tolerance, and its reason. Raises GoldenError where it would check nothing."""
-    entry = dict(output.tolerance.get(dtype, {}))
-    reason = str(entry.pop("reason", ""))
-    if not entry:
-        raise GoldenError(
-            f"output {output.name} of case {case.id} has no {dtype} tolerance; "
-            f"add one of {', '.join(NORMS)} to the manifest"
-        )
-    for norm, value in entry.items():
-        if norm not in NORMS:
-            raise GoldenError(
-                f"output {output.name} of case {case.id} has the unknown norm {norm!r}; "
-                f"allowed are {', '.join(NORMS)}"
-            )
-        if not (isinstance(value, (int, float)) and 0 <= value < math.inf):
-            raise GoldenError(
-                f"output {output.name} of case {case.id}: {dtype} tolerance {norm} = {value!r} is "
-                "not a finite number of at least 0; correct the manifest"
-            )
-    return {norm: float(value) for norm, value in entry.items()}, reason
-
-
 def euclidean(x: np.ndarray) -> float:
     """Euclidean norm, scaled so that squares neither overflow nor vanish."""
     largest = float(np.max(np.abs(x)))
@@ -111,7 +88,7 @@ def euclidean(x: np.ndarray) -> float:
     return largest * math.sqrt(float(np.sum((x / largest) ** 2)))
 
 
-def _error(norm: str, difference: np.ndarray, expected: np.ndarray) -> float:
+def one_error(norm: str, difference: np.ndarray, expected: np.ndarray) -> float:
     """The error in one norm; l2 and max of a zero golden are taken absolutely.
 
     "finite" has none here: NaN and infinity were refused before.
@@ -122,13 +99,17 @@ def _error(norm: str, difference: np.ndarray, expected: np.ndarray) -> float:
     if norm == "abs":
         return largest
     if norm == "each":
-        return float(np.max(_relative(difference, expected)))
-    size = float(np.max(np.abs(expected))) if norm == "max" else euclidean(expected)
-    error = largest if norm == "max" else euclidean(difference)
-    return error / size if size else error
+        return float(np.max(relative_error(difference, expected)))
+    size = float(np.max(np.abs(expected)))
+    error = largest / size if size else largest
+    if norm == "max" or not error or not math.isfinite(largest):
+        return error
+    # l2: the largest elements apart, since a whole norm may overflow where they do not
+    shares = euclidean(expected / size) if size else 1.0
+    return error * euclidean(difference / largest) / shares
 
 
-def _relative(difference: np.ndarray, expected: np.ndarray) -> np.ndarray:
+def relative_error(difference: np.ndarray, expected: np.ndarray) -> np.ndarray:
     """|got - expected| / |expected| by element; infinite where only the golden is 0."""
     zero = expected == 0
     relative = difference / np.where(zero, 1.0, np.abs(expected))
@@ -174,10 +155,10 @@ def compare(case: Case, output: Output, dtype: str, expected: np.ndarray, got: o
     with np.errstate(all="ignore"):
         difference = np.abs(kept - golden)
         measures = tuple(
-            Measure(norm, _no_nan(_error(norm, difference, golden)), limit)
+            Measure(norm, _no_nan(one_error(norm, difference, golden)), limit)
             for norm, limit in limits.items()
         )
-        per_element = _relative(difference, golden) if "each" in limits else difference
+        per_element = relative_error(difference, golden) if "each" in limits else difference
     worst = int(np.argmax(per_element))
     index = tuple(int(i) for i in np.unravel_index(worst * output.stride, output.shape))
     finding = Finding(

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from conformance.compare import Finding, euclidean
+from conformance.compare import Finding, euclidean, one_error, relative_error
 from spec.config import Config
 from spec.goldens import Case, Output
 from spec.params import block_shapes, blocks
@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 SHARE = 0.01  # of the error may be left where a simple mistake is to explain it
 LISTED = 5  # tensors named in a list
+NAMED = 6  # rows, or times, named in a list
+BY_ROW = ("t", "t_prev", "labels")  # inputs with a number for each row that tell rows apart
 FLOAT32_ERRORS = (5e-9, 5e-6)  # relative: a rounding is at most 6e-8, and grows on its way
 ROUNDED = (
     "the error is of the size of float32's rounding: look for a number that is made in float32, or "
@@ -74,15 +76,22 @@ def clues(
     results: Mapping[str, np.ndarray],
     expected: Callable[[Output], np.ndarray],
     hide: bool = False,
+    by_row: Mapping[str, np.ndarray] | None = None,
 ) -> list[str]:
     """Lines on a failed case that only the arrays themselves can tell.
 
     hide: leave out how the golden can be made of what came, which gives every element away.
+    by_row: those inputs of the case that BY_ROW names, one number a row.
     """
     outputs = {output.name: output for output in case.outputs}
-    lines = [not_finite(case, f, results[f.output]) for f in findings if f.problem == "not finite"]
-    if len(lines) > 1:
-        lines = [lines[0], f"{len(lines)} results hold NaN or infinity"]
+    endless = [finding.output for finding in findings if finding.problem == "not finite"]
+    lines = []
+    if endless:
+        got = results[endless[0]]
+        lines.append(not_finite(case, endless[0], got))
+        lines += which_rows(case, endless[0], ~np.isfinite(got), by_row or {})
+    if len(endless) > 1:
+        lines.append(f"{len(endless)} results hold NaN or infinity")
     bad = [finding for finding in findings if finding.problem in ("tolerance", "shape")]
     worst = first_wrong(case, findings) or max(bad, key=lambda f: f.ratio, default=None)
     if worst is None or worst not in bad:
@@ -101,6 +110,9 @@ def clues(
             lines.append(f"{output.name} {likeness}")
         elif rounded:
             lines.append(ROUNDED)
+    if worst.problem == "tolerance":
+        wrong = out_alone(worst, got, golden, output.stride, _axis_of_rows(case))
+        lines += which_rows(case, output.name, wrong, by_row or {})
     if case.call == "sample" and worst.problem == "tolerance":
         step = _first_step(worst, got, golden, output.stride)
         lines.append(f"the first step out of tolerance is {step} of {len(got)}")
@@ -204,16 +216,100 @@ def first_tap(case: Case, findings: Sequence[Finding]) -> Finding | None:
     return next((f for f in order if f and not f.ok and f.problem != "missing"), None)
 
 
-def not_finite(case: Case, finding: Finding, got: np.ndarray) -> str:
+def _axis_of_rows(case: Case) -> int:
+    return 1 if case.call == "sample" else 0
+
+
+def out_alone(
+    finding: Finding, got: np.ndarray, golden: np.ndarray, stride: int, axis: int
+) -> np.ndarray:
+    """Which rows would be out of tolerance if all others were right, as a mask that broadcasts.
+
+    A row is one index of the axis. golden holds every stride-th element.
+    """
+    shape = [1] * got.ndim
+    if got.ndim <= axis:
+        return np.zeros(shape, bool)
+    flat, kept = golden.reshape(-1), np.arange(0, got.size, stride)
+    row = np.unravel_index(kept, got.shape)[axis]
+    shape[axis] = count = got.shape[axis]
+    with np.errstate(all="ignore"):
+        difference = np.abs(got.reshape(-1)[kept] - flat)
+        largest = difference.max()
+        peak, relative = np.zeros(count), np.zeros(count)
+        np.maximum.at(peak, row, difference)
+        np.maximum.at(relative, row, relative_error(difference, flat))
+        squares = np.bincount(row, (difference / largest) ** 2, count)
+        shares = {
+            "l2": np.sqrt(squares / squares.sum()),
+            "max": peak / largest,
+            "abs": peak / largest,
+        }
+        wrong = np.zeros(count, bool)
+        for measure in finding.measures:
+            whole = one_error(measure.norm, difference, flat)
+            error = relative if measure.norm == "each" else whole * shares.get(measure.norm, 0.0)
+            wrong |= ~(error <= measure.tolerance)
+    return (wrong & (peak > 0)).reshape(shape)
+
+
+def which_rows(
+    case: Case, output: str, wrong: np.ndarray, by_row: Mapping[str, np.ndarray]
+) -> list[str]:
+    """A line on which rows of a result, or which times of a table, are wrong; [] for none or all.
+
+    wrong: a mask of the result's elements, or one that broadcasts to it.
+    """
+    axes = _axes(case, output)
+    axis = next((i for i, word in enumerate(axes) if word in ("rows", "times")), None)
+    if axis is None or wrong.ndim <= axis:
+        return []
+    count = wrong.shape[axis]
+    bad = np.moveaxis(wrong, axis, 0).reshape(count, -1).any(axis=1)
+    rows = [int(i) for i in np.flatnonzero(bad)]
+    if not rows or len(rows) == count:
+        return []
+    if axes[axis] == "times":
+        return [f"{output} is wrong at {_times(rows, count)}; at the others it is right"]
+    told = [
+        f"{name} = {_listed([str(values[i]) for i in rows])}"
+        for name, values in by_row.items()
+        if values.shape == (count,)
+    ]
+    where = f" ({'; '.join(told)})" if told else ""
+    which, verb = ("row", "is") if len(rows) == 1 else ("rows", "are")
+    return [
+        f"{output}: {which} {_listed([str(i) for i in rows])} of {count}{where} {verb} wrong; "
+        "the others are right"
+    ]
+
+
+def _times(times: list[int], count: int) -> str:
+    """Some of the times 0 .. count-1 in words."""
+    if len(times) > NAMED and times[-1] - times[0] + 1 == len(times):
+        ends = f"t = {times[0]} to {times[-1]}"
+        return f"{len(times)} of {count} times, {ends}"
+    few = _listed([str(t) for t in times])
+    return f"t = {few}" if len(times) <= NAMED else f"{len(times)} of {count} times, t = {few}"
+
+
+def _listed(words: list[str]) -> str:
+    """ "1", "1 and 2", "1, 2 and 3", "1, 2, 3, ... and 9"."""
+    if len(words) > NAMED:
+        words = [*words[: NAMED - 2], "...", words[-1]]
+    return " and ".join(filter(None, [", ".join(words[:-1]), words[-1]]))
+
+
+def not_finite(case: Case, output: str, got: np.ndarray) -> str:
     """How many steps, rows or entries of a result hold NaN or infinity, and which is the first."""
     bad = ~np.isfinite(got)
     parts = []
-    for axis, word in enumerate(_axes(case, finding.output)[: got.ndim]):
+    for axis, word in enumerate(_axes(case, output)[: got.ndim]):
         held = bad.any(axis=tuple(i for i in range(got.ndim) if i != axis))
         parts.append(f"{int(held.sum())} of {len(held)} {word}")
     where = f" in {', '.join(parts)}" if parts else ""
     first = tuple(int(i) for i in np.unravel_index(int(np.argmax(bad)), got.shape))
-    return f"{finding.output} holds NaN or infinity{where}; the first at {first}"
+    return f"{output} holds NaN or infinity{where}; the first at {first}"
 
 
 def _axes(case: Case, output: str) -> tuple[str, ...]:

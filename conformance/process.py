@@ -20,16 +20,28 @@ from spec.config import Config
 from spec.goldens import Case
 
 ROOT = Path(__file__).resolve().parent.parent
-THREAD_VARIABLES = (
+BLAS_VARIABLES = (
     "OMP_NUM_THREADS",
     "OPENBLAS_NUM_THREADS",
     "MKL_NUM_THREADS",
     "BLIS_NUM_THREADS",
-    "NUMEXPR_NUM_THREADS",
     "VECLIB_MAXIMUM_THREADS",
+)
+THREAD_VARIABLES = (
+    *BLAS_VARIABLES,
+    "NUMEXPR_NUM_THREADS",
     "TF_NUM_INTRAOP_THREADS",
     "TF_NUM_INTEROP_THREADS",
 )
+# What a worker of a module and mode needs in its environment before it imports anything. {threads}
+# stands for the number that it may use.
+MODE_ENVIRONMENT: dict[tuple[str, str], dict[str, str]] = {
+    # XLA makes one device of the host unless it is told otherwise.
+    ("impl_jax", "parallel"): {"XLA_FLAGS": "--xla_force_host_platform_device_count={threads}"},
+    # Its threads are Python's, each over a slice of the batch: BLAS with threads of its own, in
+    # each of them, would ask for threads times threads.
+    ("impl_numpy", "parallel"): dict.fromkeys(BLAS_VARIABLES, "1"),
+}
 START_LIMIT = 300.0  # seconds to start an interpreter and import a framework
 GRACE = 5.0  # seconds after a time limit, in which the worker ends itself and tells where it was
 KEPT = 64 * 1024  # bytes of stderr
@@ -64,6 +76,7 @@ class Impl:
 
     name: str
     python: str
+    mode: str | None = None  # None: the run's, else the first of the backend's own
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,18 +92,28 @@ class Setup:
     cores: int | None = None  # that workers beside each other share; None: as many as threads
 
 
-def environment(dtype: str, setup: Setup) -> dict[str, str]:
-    """The environment of a worker: threads pinned, float64 allowed in JAX, devices as asked."""
+def environment(dtype: str, setup: Setup, backend: str = "") -> dict[str, str]:
+    """The environment of a worker: that of `pinned`, and what its mode needs besides."""
+    env = pinned(dtype, setup.device, setup.threads)
+    for name, value in MODE_ENVIRONMENT.get((backend, setup.mode or ""), {}).items():
+        value = value.format(threads=setup.threads)
+        # what the user has in XLA_FLAGS stays; of two values of one flag the last counts
+        env[name] = f"{env.get(name, '')} {value}".strip() if name == "XLA_FLAGS" else value
+    return env
+
+
+def pinned(dtype: str, device: str, threads: int) -> dict[str, str]:
+    """An environment with threads pinned, float64 allowed in JAX, and devices as asked."""
     paths = [os.getcwd(), str(ROOT), os.environ.get("PYTHONPATH", "")]
     env = {
         **os.environ,
-        **dict.fromkeys(THREAD_VARIABLES, str(setup.threads)),
+        **dict.fromkeys(THREAD_VARIABLES, str(threads)),
         "PYTHONPATH": os.pathsep.join(dict.fromkeys(path for path in paths if path)),
         "PYTHONIOENCODING": "utf-8",
         "JAX_ENABLE_X64": "1" if dtype == "float64" else "0",
     }
     env.pop("NVIDIA_TF32_OVERRIDE", None)  # it would decide in the place of the column
-    if setup.device == "cpu":
+    if device == "cpu":
         env["CUDA_VISIBLE_DEVICES"] = ""
     else:  # the workers of several backends share one device
         env.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
@@ -125,7 +148,7 @@ class WorkerProcess:
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
-                env=environment(self.dtype, self.setup),
+                env=environment(self.dtype, self.setup, self.impl.name),
                 start_new_session=True,
             )
         except OSError as error:
@@ -138,17 +161,24 @@ class WorkerProcess:
         self._lines, self._stderr = queue.Queue(WAITING), collections.deque()
         self._drains = [
             threading.Thread(target=drain, args=(self._process, store), daemon=True)
-            for drain, store in ((_read_lines, self._lines), (_read_errors, self._stderr))
+            for drain, store in ((_read_lines, self._lines), (read_errors, self._stderr))
         ]
         for thread in self._drains:
             thread.start()
+        return self.greet()
+
+    def greet(self) -> dict[str, Any]:
+        """Say hello to the process; gives its answer. Said again, it drops what it has opened.
+
+        Raises CannotStart as `start` does.
+        """
         setup = self.setup
         request = {
             "do": "hello",
             "backend": self.impl.name,
             "dtype": self.dtype,
             "device": setup.device,
-            "mode": setup.mode,
+            "mode": self.impl.mode or setup.mode,
             "threads": setup.threads,
             "cores": setup.cores or setup.threads,
             "goldens": str(setup.goldens),
@@ -164,8 +194,13 @@ class WorkerProcess:
             ) from died
         if self.hello["status"] != "ready":
             self.close()
-            raise refusal(self.impl, setup, self.hello)
+            raise refusal(self.impl, self.setup, self.hello)
         return self.hello
+
+    @property
+    def runs(self) -> bool:
+        """Whether there is a process; it may have ended since it was last asked."""
+        return self._process is not None
 
     def ask(self, request: dict[str, Any], timeout: float) -> dict[str, Any]:
         """The reply to a request. Raises WorkerDied; the next request finds a new process."""
@@ -183,7 +218,7 @@ class WorkerProcess:
         _write(process, b'{"do": "stop"}\n', 1.0, last=True)
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(2.0)
-        _kill(process)
+        kill(process)
         for thread in self._drains:
             thread.join(1.0)
 
@@ -234,7 +269,7 @@ class WorkerProcess:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(GRACE)
         code = process.poll()
-        _kill(process)
+        kill(process)
         for thread in self._drains:
             thread.join(1.0)
         stderr = b"".join(self._stderr).decode(errors="replace")[-4000:].strip()
@@ -370,7 +405,7 @@ def _write(process: subprocess.Popen, data: bytes, timeout: float, last: bool = 
     thread.join(timeout)
 
 
-def _read_errors(process: subprocess.Popen, kept: collections.deque) -> None:
+def read_errors(process: subprocess.Popen, kept: collections.deque) -> None:
     """Read stderr to its end, so that the worker never waits, and keep the last part of it."""
     size = 0
     with contextlib.suppress(ValueError, OSError):
@@ -381,7 +416,7 @@ def _read_errors(process: subprocess.Popen, kept: collections.deque) -> None:
                 size -= len(kept.popleft())
 
 
-def _kill(process: subprocess.Popen) -> None:
+def kill(process: subprocess.Popen) -> None:
     """Kill the process and every process of its session."""
     with contextlib.suppress(ProcessLookupError, PermissionError):
         if hasattr(os, "killpg"):

@@ -283,12 +283,12 @@ def explain(result: Result) -> list[str]:
 def cell(entry: dict[str, Any]) -> str:
     """One cell of the matrix: passed/total, and the worst error in shares of its tolerance."""
     ratio, lacking = entry["ratio"], entry["not_implemented"]
-    share = "" if ratio is None else f"  {_share(ratio)}"
+    share = "" if ratio is None else f"  {share_text(ratio)}"
     note = f"  {lacking} not implemented" if lacking else ""
     return f"{entry['passed']}/{entry['total']}{share}{note}"
 
 
-def _share(ratio: float | str) -> str:
+def share_text(ratio: float | str) -> str:
     if isinstance(ratio, str):
         return ratio
     return f"{ratio:.2f}" if 0.01 <= ratio < 100 else f"{ratio:.0e}" if ratio else "0"

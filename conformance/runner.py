@@ -12,7 +12,7 @@ import tempfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 from safetensors.numpy import load
@@ -20,7 +20,7 @@ from safetensors.numpy import load
 from conformance import diagnose
 from conformance.compare import Finding, compare_case, hidden
 from conformance.execute import Outcome, Session
-from conformance.process import Impl, Setup, WorkerDied, WorkerProcess, case_request
+from conformance.process import CannotStart, Impl, Setup, WorkerDied, WorkerProcess, case_request
 from spec.backend import ARRAY_DTYPES, REQUIRED_DTYPES
 from spec.goldens import Case, GoldenError, Goldens
 
@@ -166,17 +166,38 @@ def available_cores() -> int:
     return os.cpu_count() or 1
 
 
+class Named(Protocol):
+    """What cases are chosen by."""
+
+    @property
+    def id(self) -> str: ...
+
+    @property
+    def level(self) -> int: ...
+
+
+C = TypeVar("C", bound=Named)
+
+
 def select(goldens: Goldens, levels: Sequence[int] = (), globs: Sequence[str] = ()) -> list[Case]:
     """The cases of these levels whose ids match one of the globs too, in the manifest's order.
 
     Raises UsageError for a level or a glob that matches nothing.
     """
-    known = sorted({case.level for case in goldens.cases})
+    chosen = matching(goldens.cases, levels, globs)
+    if not chosen:
+        raise UsageError(f"no case is selected; {goldens.folder / 'manifest.json'} has none")
+    return chosen
+
+
+def matching(cases: Sequence[C], levels: Sequence[int], globs: Sequence[str]) -> list[C]:
+    """Those of the cases that `select` chooses. Raises UsageError as it does."""
+    known = sorted({case.level for case in cases})
     for level in levels:
         if level not in known:
             text = ", ".join(map(str, known)) or "none"
             raise UsageError(f"--level {level} has no cases; the manifest has levels {text}")
-    chosen = [case for case in goldens.cases if not levels or case.level in levels]
+    chosen = [case for case in cases if not levels or case.level in levels]
     for glob in globs:
         if not any(fnmatch.fnmatchcase(case.id, glob) for case in chosen):
             ids = [case.id for case in chosen]
@@ -190,8 +211,6 @@ def select(goldens: Goldens, levels: Sequence[int] = (), globs: Sequence[str] = 
             )
     if globs:
         chosen = [c for c in chosen if any(fnmatch.fnmatchcase(c.id, glob) for glob in globs)]
-    if not chosen:
-        raise UsageError(f"no case is selected; {goldens.folder / 'manifest.json'} has none")
     return chosen
 
 
@@ -230,7 +249,14 @@ def judge(
     result.status = "failed" if bad else "passed"
     if bad and result.worst is not None:
         result.message = result.worst.text
-        result.clues = diagnose.clues(case, result.findings, outcome.results, expected, hide)
+        by_row = {
+            name: goldens.array(case.inputs[name])
+            for name in diagnose.BY_ROW
+            if goldens.holds(case.inputs.get(name, ""))
+        }
+        result.clues = diagnose.clues(
+            case, result.findings, outcome.results, expected, hide, by_row
+        )
     return result
 
 
@@ -350,6 +376,24 @@ class Suite:
                     path.write_bytes(data)
                     os.replace(path, folder / name)
                     self._written[name] = seen(name) or (0, 0)
+
+    def turn_to(self, goldens: Goldens, cases: list[Case]) -> None:
+        """Go on with other goldens, in the same workers, which forget what they have opened."""
+        self.plan.goldens, self.plan.cases = goldens, cases
+        self.passed.clear()
+        with self._writing:
+            for name in set(self._inputs):
+                with contextlib.suppress(FileNotFoundError):
+                    (self.folder / "inputs" / name).unlink()
+            self._inputs = goldens.inputs()
+            self._written.clear()
+        self.give_inputs()
+        for worker in self.workers.values():
+            if worker.runs:
+                try:
+                    worker.greet()
+                except CannotStart:  # it has ended since: the next case finds a new one
+                    worker.close()
 
     def worker(self, impl: Impl, dtype: str) -> WorkerProcess:
         """The worker of this backend and dtype."""

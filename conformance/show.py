@@ -3,17 +3,28 @@
 import contextlib
 import functools
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console, Group
 from rich.panel import Panel
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 from rich.text import Text
 
 from conformance.coach import DONE, LEVELS, WRONG, lessons, next_steps, tasks
 from conformance.defaults import notes
+from conformance.fresh import Run, again
 from conformance.lines import ADDED, CORE, Count
 from conformance.reports import (
     Report,
@@ -21,6 +32,7 @@ from conformance.reports import (
     explain,
     printable,
     sample_notes,
+    share_text,
     timing_notes,
     timing_rows,
     to_json,
@@ -29,6 +41,7 @@ from conformance.runner import Column, Result
 
 Following = contextlib.AbstractContextManager[Callable[[Result], None]]
 PANELS = 5  # printed for each backend; all are in the reports
+LINES_APART = 10  # configs, where the output is no terminal
 ABREAST = 8  # columns of the matrix side by side
 PLAIN_WIDTH = 132  # columns where the output is no terminal: eight columns of the matrix fit
 
@@ -92,6 +105,51 @@ class Watch:
         yield written
 
     @contextlib.contextmanager
+    def work(self) -> Iterator[Callable[[str, int, int], None]]:
+        """Follows work of several kinds: gives what hears how much of a kind is done, and of how
+        much.
+        """
+        tasks: dict[str, Any] = {}
+        if self.out.is_terminal:
+            with self._bar() as bar:
+
+                def barred(what: str, done: int, total: int) -> None:
+                    if what not in tasks:
+                        tasks[what] = bar.add_task(what, total=total, now="")
+                    bar.update(tasks[what], completed=done)
+
+                yield barred
+            return
+
+        def written(what: str, done: int, total: int) -> None:
+            if what not in tasks:
+                self.say(f"{what}: {total} to do ...")
+                tasks[what] = True
+            if done == total:
+                self.say(f"{what}: done")
+
+        yield written
+
+    @contextlib.contextmanager
+    def configs(self, total: int) -> Iterator[Callable[[int, Run], None]]:
+        """Follows a run over random configs, with the time that is left."""
+        start, done = time.monotonic(), 0
+        if self.out.is_terminal:
+            with self._bar(TimeRemainingColumn()) as bar:
+                task = bar.add_task("configs", total=total, now="")
+                yield lambda number, run: bar.update(task, advance=1, now=failed_in(run))
+            return
+
+        def written(number: int, run: Run) -> None:
+            nonlocal done
+            done += 1
+            if done in (1, total) or done % LINES_APART == 0:
+                left = (time.monotonic() - start) / done * (total - done) / 60
+                self.say(f"{done} of {total} configs, {failed_in(run)}, {left:.0f} min left")
+
+        yield written
+
+    @contextlib.contextmanager
     def steps(self, name: str) -> Iterator[Callable[[str], None]]:
         """Follows work whose steps say what they are."""
         if self.out.is_terminal:
@@ -104,12 +162,13 @@ class Watch:
         """Print a line as it is."""
         self.out.print(Text(text))
 
-    def _bar(self) -> Progress:
+    def _bar(self, *more: ProgressColumn) -> Progress:
         return Progress(
             TextColumn("{task.description}"),
             BarColumn(bar_width=30),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
+            *more,
             TextColumn("{task.fields[now]}", markup=False),
             console=self.out,
             transient=True,
@@ -274,6 +333,44 @@ def verdict(column: Column) -> Text:
         f"{block})",
         "red",
     )
+
+
+def failed_in(run: Run) -> str:
+    """In how many configs something failed so far, in words."""
+    numbers = {made.number for made in run.unmade}
+    numbers |= {failure.number for tally in run.tallies for failure in tally.failures}
+    return f"{len(numbers)} failed" if numbers else "all passed"
+
+
+def show_fresh(out: Console, run: Run, reports: Path) -> None:
+    """Print what came of random configs: a table, and every config that failed."""
+    table = Table(title=f"Random configs {run.first} to {run.first + run.count - 1}")
+    for name in ("backend", "dtype", "mode", "configs", "cases", "worst share", "case", "seconds"):
+        table.add_column(name, justify="left" if name in ("backend", "dtype", "mode") else "right")
+    for tally in run.tallies:
+        worst, case = (share_text(tally.worst[0]), tally.worst[1]) if tally.worst else ("-", "-")
+        style = "green" if tally.ok else "bold red"
+        table.add_row(
+            tally.backend,
+            tally.dtype,
+            tally.mode,
+            Text(f"{tally.passed}/{tally.configs}", style),
+            str(tally.cases),
+            worst,
+            Text(printable(case)),
+            f"{tally.seconds:.0f}",
+        )
+    out.print(table)
+    for made in run.unmade:
+        out.print(
+            Text(printable(f"no goldens of config {made.number}: {made.problem}"), "bold red")
+        )
+    for tally in run.tallies:
+        for failure in tally.failures[:PANELS]:
+            out.print(panel(failure.result))
+            out.print(Text(f"again: {again(tally, failure, reports)}"))
+        if (more := len(tally.failures) - PANELS) > 0:
+            out.print(Text(f"{tally.backend} {tally.dtype}: {more} configs more, in the report"))
 
 
 def lines_table(counts: Sequence[Count]) -> Table:

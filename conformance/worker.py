@@ -10,6 +10,7 @@ import os
 import platform
 import signal
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
@@ -83,12 +84,19 @@ class Worker:
         self.session: Any = None
         self.timer: Any = None
         self.trainer: Any = None
+        self.subject: Any = None
         self.folder = Path()
         self.count = 0
 
     def answer(self, request: dict[str, Any]) -> dict[str, Any]:
         """The reply to one request. Raises ValueError for one that is not known."""
-        handlers = {"hello": self.hello, "case": self.case, "time": self.time, "train": self.train}
+        handlers = {
+            "hello": self.hello,
+            "case": self.case,
+            "time": self.time,
+            "train": self.train,
+            "bench": self.bench,
+        }
         if request.get("do") not in handlers:
             raise ValueError(
                 f"request {request.get('do')!r} is unknown; known are {', '.join(handlers)}, stop"
@@ -104,6 +112,7 @@ class Worker:
 
         limit_cores(request["cores"])
         name = request["backend"]
+        start = time.perf_counter()
         try:
             backend = importlib.import_module(name)
         except ModuleNotFoundError as error:
@@ -111,6 +120,7 @@ class Worker:
             known = missing != name and not name.startswith(f"{missing}.")
             status = "dependency missing" if known else "no such module"
             return {"status": status, "missing": missing, "message": str(error)}
+        seconds = time.perf_counter() - start
         if message := unfit(name, backend):
             return {"status": "no backend", "message": message}
         dtypes = getattr(backend, "dtypes", REQUIRED_DTYPES)
@@ -136,6 +146,7 @@ class Worker:
             "modes": list(backend.modes),
             "mode": self.session.mode,
             "versions": versions(),
+            "seconds": seconds,
         }
 
     def case(self, request: dict[str, Any]) -> dict[str, Any]:
@@ -154,7 +165,7 @@ class Worker:
         return {**reply, "describe": self.session.describe, "versions": versions()}
 
     def time(self, request: dict[str, Any]) -> dict[str, Any]:
-        """Part of a timing: see conformance/bench.py."""
+        """Part of a timing: see conformance/bench/steps.py."""
         from conformance.bench import Timer
 
         if request["part"] == "open":
@@ -167,6 +178,18 @@ class Worker:
             self.timer = None
             return {"status": "done"}
         return {"status": "done", **self.timer.part(request)}
+
+    def bench(self, request: dict[str, Any]) -> dict[str, Any]:
+        """Part of the benchmark: see conformance/bench/subject.py."""
+        from conformance.bench.subject import Subject
+
+        if request["part"] == "open":
+            self.session.forget()
+            self.subject = Subject(self.session, {**request, "folder": str(self.folder)})
+            return {"status": "done", "seconds": self.subject.build}
+        if self.subject is None:
+            raise ValueError("a benchmark begins with part = 'open'")
+        return {"status": "done", **self.subject.part(request)}
 
     def train(self, request: dict[str, Any]) -> dict[str, Any]:
         """Part of a shared-noise run: see conformance/parity.py."""

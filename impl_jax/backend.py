@@ -11,23 +11,29 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from impl_jax import diffusion, train, unet
+from impl_jax import diffusion, parallel, train, unet
 from impl_jax.params import from_tree, load_params, read_params, to_tree
 from impl_jax.schedule import make_schedule
-from spec.backend import ARRAY_DTYPES, Checked, check_open, keep_freed_memory
+from spec.backend import ARRAY_DTYPES, Checked, check_open, keep_freed_memory, nearest_mode
 from spec.config import Config
 from spec.noise import training_draws
 from spec.params import blocks, find_block, initial_params
 
 name = "jax"
 dtypes = ("float64", "float32", "tf32", "bf16")
-modes = ("compiled", "eager")
+modes = ("compiled", "eager", "parallel")  # parallel: a slice of the batch on each device
 CACHE = Path(__file__).parent.parent / ".jax_cache"  # compiled functions, kept between processes
 
 
 def open(config: Config, params=None, *, seed=0, dtype="float32", device="auto", mode="compiled"):
-    """A Model with these parameters, or those that the seed gives; eager: op by op, without jit."""
-    params = check_open(config, params, dtype, device, mode, dtypes)
+    """A Model with these parameters, or those that the seed gives.
+
+    eager: op by op, without jit. parallel: over all devices; of the CPU, one for each core.
+    """
+    params, mode = (
+        check_open(config, params, dtype, device, mode, dtypes),
+        nearest_mode(mode, modes),
+    )
     keep_freed_memory()
     if dtype == "float64":
         jax.config.update("jax_enable_x64", True)
@@ -36,17 +42,34 @@ def open(config: Config, params=None, *, seed=0, dtype="float32", device="auto",
     jax.config.update("jax_default_matmul_precision", precision)
     jax.config.update("jax_compilation_cache_dir", os.environ.get("JAX_CACHE", str(CACHE)))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    if mode == "parallel" and device != "cuda":
+        split_cpu()
     platforms = {"cpu": "cpu", "cuda": "gpu", "auto": None}
     try:
-        chosen = jax.devices(platforms[device])[0]
+        chosen = jax.devices(platforms[device])
     except RuntimeError as error:
         raise ValueError(
             f"device = {device!r}: JAX has none; use device='cpu' or 'auto'"
         ) from error
-    if dtype == "tf32" and chosen.platform != "gpu":
+    if dtype == "tf32" and chosen[0].platform != "gpu":
         raise ValueError("dtype = 'tf32' is a mode of NVIDIA GPUs, and JAX sees none here")
     params = initial_params(config, seed) if params is None else params
     return Checked(JaxModel(config, params, seed, dtype, chosen, mode), config, dtype)
+
+
+def split_cpu() -> None:
+    """Let JAX see a device for each core; it counts them once, when a process first asks.
+
+    Raises ValueError where it has counted fewer.
+    """
+    with contextlib.suppress(RuntimeError, AttributeError):  # begun already, or an older JAX
+        jax.config.update("jax_num_cpu_devices", threads())
+    if len(jax.devices("cpu")) < threads():
+        raise ValueError(
+            f"mode = 'parallel': JAX began with {len(jax.devices('cpu'))} device for {threads()} "
+            "cores; open this mode first in its process, or set "
+            f"XLA_FLAGS=--xla_force_host_platform_device_count={threads()} before it starts"
+        )
 
 
 def threads() -> int:
@@ -59,10 +82,10 @@ def threads() -> int:
 class JaxModel:
     """See spec.backend.Model for what each method takes and gives."""
 
-    def __init__(self, config: Config, params, seed: int, precision: str, device, mode) -> None:
+    def __init__(self, config: Config, params, seed: int, precision: str, devices, mode) -> None:
         self.config, self.seed, self.precision = config, seed, precision
         self.dtype = jnp.dtype(ARRAY_DTYPES[precision])
-        self.device, self.mode = device, mode
+        self.device, self.mode = devices[0], mode
         self.tables = make_schedule(config)
         compute = jnp.bfloat16 if precision == "bf16" else self.dtype
         with self._placed():
@@ -70,6 +93,11 @@ class JaxModel:
             load_params(model, params)
             self._state = train.init_state(model)
         self._compiled = {}
+        self._loss_and_grads, self._train_step = train.loss_and_grads, train.train_step
+        if mode == "parallel":
+            workers = jax.sharding.Mesh(np.array(devices), "devices")
+            self._loss_and_grads = functools.partial(parallel.loss_and_grads, workers)
+            self._train_step = functools.partial(parallel.train_step, workers)
 
     @property
     def _model(self) -> unet.UNet:
@@ -156,7 +184,7 @@ class JaxModel:
 
     def loss_and_grads(self, x0, t, noise, labels=None, drop=None):
         def run(model, *batch):
-            return train.loss_and_grads(model, self.tables, self.config, *batch)
+            return self._loss_and_grads(model, self.tables, self.config, *batch)
 
         loss, grads = self._call("loss_and_grads", run, self._model, x0, t, noise, labels, drop)
         return float(loss), from_tree(grads)
@@ -173,7 +201,7 @@ class JaxModel:
 
     def train_step(self, x0, t, noise, labels=None, drop=None):
         with self._placed():
-            self._state, loss = train.train_step(
+            self._state, loss = self._train_step(
                 self._state, self.tables, self.config, x0, t, noise, labels, drop
             )
         return float(loss)
@@ -195,10 +223,15 @@ class JaxModel:
 
         with self._placed():
             images, labels = images.astype(self.dtype), np.asarray(labels)
-            run = train.train(self._state, self.tables, self.config, images, labels, draws())
-            for state, loss in run:
-                self._state = state
-                yield float(loss)
+            run = (self._state, self.tables, self.config, images, labels, draws(), self._train_step)
+            updates = train.train(*run)
+        while True:  # no scope stays open while the caller has its turn
+            with self._placed():
+                update = next(updates, None)
+            if update is None:
+                return
+            self._state, loss = update
+            yield float(loss)
 
     def sample(
         self, x, noise=None, labels=None, *, method="ddpm", steps=None, eta=0.0, guidance_scale=None

@@ -111,15 +111,15 @@ def draw_batch(config, count, generator):
     )
 
 
-def train(state, tables, config, images, labels, draws):
-    """Train on images [N, H, W, C] and labels [N], a step for each of draws.
+def train(state, tables, config, images, labels, draws, update):
+    """Train on images [N, H, W, C] and labels [N], an update for each draw.
 
     Yields the state and the loss of every step.
     """
     for rows, t, noise, drop in draws:
         x0, noise = images[rows], noise.astype(images.dtype)
         if config.num_classes:
-            state, loss = train_step(state, tables, config, x0, t, noise, labels[rows], drop)
+            state, loss = update(state, tables, config, x0, t, noise, labels[rows], drop)
         else:
-            state, loss = train_step(state, tables, config, x0, t, noise)
+            state, loss = update(state, tables, config, x0, t, noise)
         yield state, loss

@@ -1,6 +1,8 @@
 """The protocol of spec/backend.py for NumPy; arguments are checked there, blocks reached here."""
 
+import functools
 import os
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
@@ -8,35 +10,51 @@ from impl_numpy import diffusion, train, unet
 from impl_numpy.layers import conv
 from impl_numpy.params import from_tree, load_params, read_params, to_tree
 from impl_numpy.schedule import make_schedule
-from spec.backend import Checked, check_open, keep_freed_memory
+from spec.backend import Checked, check_open, keep_freed_memory, nearest_mode
 from spec.config import Config
 from spec.noise import training_draws
 from spec.params import find_block, initial_params
 
 name = "numpy"
 dtypes = ("float64", "float32")  # NumPy has no bfloat16
-modes = ("eager",)
+modes = ("eager", "parallel")  # parallel: a slice of the batch for each thread
 
 
 def open(config: Config, params=None, *, seed=0, dtype="float32", device="auto", mode="compiled"):
-    """A Model with these parameters, or those that the seed gives; NumPy knows one mode, eager."""
+    """A Model with these parameters, or those that the seed gives."""
     params = check_open(config, params, dtype, device, mode, dtypes)
     keep_freed_memory()
     if device == "cuda":
         raise ValueError("device = 'cuda': NumPy runs on the CPU; use device='cpu' or 'auto'")
     params = initial_params(config, seed) if params is None else params
-    return Checked(NumpyModel(config, params, seed, dtype), config, dtype)
+    mode = nearest_mode(mode, modes)
+    return Checked(NumpyModel(config, params, seed, dtype, mode), config, dtype)
+
+
+def threads() -> int:
+    """Threads of a product: as many as the environment says, else one for each core."""
+    if pinned := int(os.environ.get("OPENBLAS_NUM_THREADS", 0)):
+        return pinned
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
 class NumpyModel:
     """See spec.backend.Model for what each method takes and gives."""
 
-    def __init__(self, config: Config, params, seed: int, dtype: str) -> None:
+    def __init__(self, config: Config, params, seed: int, dtype: str, mode: str) -> None:
         self.config, self.seed, self.dtype = config, seed, np.dtype(dtype)
+        self.mode = mode
         self.tables = make_schedule(config)
         model = unet.UNet(config, self.dtype)
         load_params(model, params)
         self._state = train.init_state(model)
+        self._loss_and_grads, self._train_step = train.loss_and_grads, train.train_step
+        if mode == "parallel":
+            from impl_numpy import parallel
+
+            workers = parallel.Workers(ThreadPoolExecutor(threads()), threads())
+            self._loss_and_grads = functools.partial(parallel.loss_and_grads, workers)
+            self._train_step = functools.partial(parallel.train_step, workers)
 
     @property
     def _model(self) -> unet.UNet:
@@ -95,7 +113,7 @@ class NumpyModel:
         return {"downsample": unet.downsample, "upsample": unet.upsample}[kind](p, name, x)[0]
 
     def loss_and_grads(self, x0, t, noise, labels=None, drop=None):
-        loss, grads = train.loss_and_grads(
+        loss, grads = self._loss_and_grads(
             self._model, self.tables, self.config, x0, t, noise, labels, drop
         )
         return float(loss), from_tree({key: grads[key] for key in self._model.params})
@@ -104,8 +122,8 @@ class NumpyModel:
         train.apply_gradients(self._state, self.config, to_tree(self._model, grads))
 
     def train_step(self, x0, t, noise, labels=None, drop=None):
-        loss = train.train_step(self._state, self.tables, self.config, x0, t, noise, labels, drop)
-        return float(loss)
+        batch = (x0, t, noise, labels, drop)
+        return float(self._train_step(self._state, self.tables, self.config, *batch))
 
     def fit(self, images, labels, steps, shared_noise=False):
         """Train for `steps` steps on images [N, H, W, C] and labels [N]; yields each step's loss.
@@ -122,7 +140,8 @@ class NumpyModel:
                     yield train.draw_batch(self.config, len(images), generator)
 
         images = images.astype(self.dtype)
-        for loss in train.train(self._state, self.tables, self.config, images, labels, draws()):
+        run = (self._state, self.tables, self.config, images, labels, draws(), self._train_step)
+        for loss in train.train(*run):
             yield float(loss)
 
     def sample(
@@ -152,8 +171,7 @@ class NumpyModel:
             "name": name,
             "framework": f"numpy {np.__version__}",
             "device": "cpu",
-            "mode": "eager",
+            "mode": self.mode,
             "dtype": str(self.dtype),
-            "threads": int(os.environ.get("OPENBLAS_NUM_THREADS", 0))
-            or len(os.sched_getaffinity(0)),
+            "threads": threads(),
         }

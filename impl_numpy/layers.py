@@ -7,6 +7,7 @@ returns dx. Images are [B, H, W, C]; weights are [O, I] (linear) and [k, k, I, O
 import numpy as np
 
 EPS = 1e-6  # of every GroupNorm (S7)
+CACHED = 1 << 18  # numbers that a core keeps at hand: windows are worked on so many at a time
 
 
 def add(g: dict, name: str, value: np.ndarray) -> None:
@@ -60,42 +61,51 @@ def spread(x: np.ndarray, height: int, width: int, start: int, stride: int = 1) 
     return y
 
 
-def windows(x: np.ndarray, k: int, stride: int = 1) -> np.ndarray:
-    """x [B, H, W, C] -> [B*H'*W', k*k*C]: every k x k window as a row."""
+def windows(x: np.ndarray, k: int, stride: int = 1):
+    """x [B, H, W, C] -> every k x k window as a row [N*H'*W', k*k*C], some images at a time.
+
+    Yields the slice of the batch and its rows: few enough that the cache still has them.
+    """
     b, h, w, c = x.shape
     db, dh, dw, dc = x.strides  # k neighbours in a row of pixels are one piece of k*C numbers
     shape = b, (h - k) // stride + 1, (w - k) // stride + 1, k, k * c
     view = np.lib.stride_tricks.as_strided(x, shape, (db, stride * dh, stride * dw, dh, dc))
-    return view.reshape(-1, k * k * c)
+    count = max(1, CACHED // view[0].size)
+    for part in (slice(i, i + count) for i in range(0, b, count)):
+        yield part, view[part].reshape(-1, k * k * c)
+
+
+def convolve(x: np.ndarray, w: np.ndarray, stride: int = 1) -> np.ndarray:
+    """x [B, H, W, I], w [k, k, I, O] -> [B, H', W', O], nothing padded: rows times w."""
+    k, out = len(w), w.shape[-1]
+    b, h, width, _ = x.shape
+    y = np.empty((b, (h - k) // stride + 1, (width - k) // stride + 1, out), x.dtype)
+    for part, rows in windows(x, k, stride):
+        np.matmul(rows, w.reshape(-1, out), out=y[part].reshape(-1, out))
+    return y
 
 
 def conv(p: dict, name: str, x: np.ndarray, stride: int = 1, pad: tuple[int, int] = (1, 1)):
-    """x [B, H, W, I] -> [B, H', W', O]: every window as a row, all rows in one product.
-
-    The rows are made again for the backward: kept, they would be the most of the memory.
-    """
+    """x [B, H, W, I] -> [B, H', W', O]; rows are made again for the backward, not kept."""
     w = p[f"{name}.weight"]
-    k, _, channels, out = w.shape
-    b, height, width, _ = x.shape
-
-    def rows_of(x):
-        if k > 1:
-            x = spread(x, height + sum(pad), width + sum(pad), pad[0])
-        return windows(x, k, stride)
-
-    y = rows_of(x) @ w.reshape(-1, out)
+    k, out = len(w), w.shape[-1]
+    _, height, width, _ = x.shape
+    if k > 1:
+        x = spread(x, height + sum(pad), width + sum(pad), pad[0])
+    y = convolve(x, w, stride)
     y += p[f"{name}.bias"]
 
     def back(dy, g):
-        rows = dy.reshape(-1, out)
-        add(g, f"{name}.bias", column_sums(rows))
-        add(g, f"{name}.weight", (rows_of(x).T @ rows).reshape(w.shape))
-        flipped = w[::-1, ::-1].swapaxes(2, 3).reshape(-1, channels)
+        add(g, f"{name}.bias", column_sums(dy.reshape(-1, out)))
+        dw = 0
+        for part, rows in windows(x, k, stride):
+            dw += rows.T @ dy[part].reshape(-1, out)
+        add(g, f"{name}.weight", dw.reshape(w.shape))
         if k > 1:
             dy = spread(dy, height + k - 1, width + k - 1, k - 1 - pad[0], stride)
-        return (windows(dy, k) @ flipped).reshape(x.shape)  # a convolution again, kernel flipped
+        return convolve(dy, w[::-1, ::-1].swapaxes(2, 3))  # a convolution again, kernel flipped
 
-    return y.reshape(b, (height + sum(pad) - k) // stride + 1, -1, out), back
+    return y, back
 
 
 def group_norm(p: dict, name: str, x: np.ndarray, groups: int):

@@ -106,11 +106,11 @@ def draw_batch(config, count, generator):
     )
 
 
-def train(state, tables, config, images, labels, draws):
-    """Train on images [N, H, W, C] and labels [N], a step for each of draws; yields the losses."""
+def train(state, tables, config, images, labels, draws, update):
+    """Train on images [N, H, W, C] and labels [N], an update for each draw; yields the losses."""
     for rows, t, noise, drop in draws:
         x0, noise = images[rows], noise.astype(images.dtype)
         if config.num_classes:
-            yield train_step(state, tables, config, x0, t, noise, labels[rows], drop)
+            yield update(state, tables, config, x0, t, noise, labels[rows], drop)
         else:
-            yield train_step(state, tables, config, x0, t, noise)
+            yield update(state, tables, config, x0, t, noise)

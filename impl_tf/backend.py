@@ -1,6 +1,7 @@
 """The protocol of spec/backend.py for TensorFlow: functions are compiled, blocks reached here."""
 
 import contextlib
+import functools
 import os
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # it reports every GPU library it lacks
@@ -9,23 +10,32 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from impl_tf import diffusion, train, unet
+from impl_tf import diffusion, parallel, train, unet
 from impl_tf.params import from_tree, load_params, read_params, to_tree
 from impl_tf.schedule import make_schedule
-from spec.backend import ARRAY_DTYPES, Checked, check_open, keep_freed_memory
+from spec.backend import ARRAY_DTYPES, Checked, check_open, keep_freed_memory, nearest_mode
 from spec.config import Config
 from spec.noise import training_draws
 from spec.params import find_block, initial_params
 
 name = "tensorflow"
 dtypes = ("float64", "float32", "tf32", "bf16")
-modes = ("compiled", "eager")
+modes = ("compiled", "eager", "parallel", "xla")
 
 
 def open(config: Config, params=None, *, seed=0, dtype="float32", device="auto", mode="compiled"):
-    """A Model with these parameters, or those that the seed gives; compiled: tf.function."""
-    params = check_open(config, params, dtype, device, mode, dtypes)
+    """A Model with these parameters, or those that the seed gives.
+
+    compiled: tf.function; xla: its train step through XLA; parallel: a slice of the batch for each
+    core, side by side in one tf.function.
+    """
+    params, mode = (
+        check_open(config, params, dtype, device, mode, dtypes),
+        nearest_mode(mode, modes),
+    )
     keep_freed_memory()
+    if mode == "parallel":
+        split_cores()
     gpus = tf.config.list_logical_devices("GPU")
     if device == "cuda" and not gpus:
         raise ValueError("device = 'cuda': TensorFlow sees no GPU here; use device='cpu' or 'auto'")
@@ -36,6 +46,33 @@ def open(config: Config, params=None, *, seed=0, dtype="float32", device="auto",
     tf.config.experimental.enable_tensor_float_32_execution(dtype == "tf32")
     params = initial_params(config, seed) if params is None else params
     return Checked(TensorFlowModel(config, params, seed, dtype, place, mode), config, dtype)
+
+
+def threads() -> int:
+    """Threads that may work at a time: as many as the environment says, else one for each core."""
+    if pinned := int(os.environ.get("TF_NUM_INTRAOP_THREADS", 0)):
+        return pinned
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
+def split_cores() -> None:
+    """One thread within an operation, and as many operations at a time as there are threads.
+
+    Raises ValueError where TensorFlow has begun otherwise, which cannot be changed any more.
+    """
+    wanted = (1, threads())
+    with contextlib.suppress(RuntimeError):
+        tf.config.threading.set_intra_op_parallelism_threads(wanted[0])
+        tf.config.threading.set_inter_op_parallelism_threads(wanted[1])
+    began = (
+        tf.config.threading.get_intra_op_parallelism_threads(),
+        tf.config.threading.get_inter_op_parallelism_threads(),
+    )
+    if began != wanted:
+        raise ValueError(
+            "mode = 'parallel': TensorFlow began in another mode and cannot change its threads; "
+            "open this mode first in its process"
+        )
 
 
 class TensorFlowModel:
@@ -53,8 +90,18 @@ class TensorFlowModel:
             model = unet.UNet(config, policy)
             load_params(model, params)
             self._state = train.init_state(model)
-            self._network = tf.function(model)
-            self._loss_and_grads = tf.function(train.loss_and_grads)
+            self._network = self._function(model)
+            loss_and_grads, self._train_step = train.loss_and_grads, train.train_step
+            if mode == "xla":
+                self._train_step = self._function(train.train_step.python_function)
+            if mode == "parallel":
+                workers = threads() if "CPU" in place else 1
+                loss_and_grads = functools.partial(parallel.loss_and_grads, workers)
+                self._train_step = functools.partial(parallel.train_step, workers)
+            self._loss_and_grads = self._function(loss_and_grads)
+
+    def _function(self, function):
+        return tf.function(function, jit_compile=True if self.mode == "xla" else None)
 
     @property
     def _model(self) -> unet.UNet:
@@ -151,7 +198,7 @@ class TensorFlowModel:
 
     def train_step(self, x0, t, noise, labels=None, drop=None):
         inputs = (self._state, self.tables, self.config, x0, t, noise, labels, drop)
-        return float(self._call(train.train_step, *inputs))
+        return float(self._call(self._train_step, *inputs))
 
     def fit(self, images, labels, steps, shared_noise=False):
         """Train for `steps` steps on images [N, H, W, C] and labels [N]; yields each step's loss.
@@ -174,9 +221,14 @@ class TensorFlowModel:
         with self._placed():
             images = tf.constant(images.astype(self.dtype))
             labels = None if labels is None else tf.constant(labels)
-            run = train.train(self._state, self.tables, self.config, images, labels, draws())
-            for loss in run:
-                yield float(loss)
+            run = (self._state, self.tables, self.config, images, labels, draws(), self._train_step)
+            losses = train.train(*run)
+        while True:  # no scope stays open while the caller has its turn
+            with self._placed():
+                loss = next(losses, None)
+            if loss is None:
+                return
+            yield float(loss)
 
     def sample(
         self, x, noise=None, labels=None, *, method="ddpm", steps=None, eta=0.0, guidance_scale=None
@@ -213,6 +265,5 @@ class TensorFlowModel:
             "device": "cpu" if "CPU" in self.place else "gpu",
             "mode": self.mode,
             "dtype": self.precision,
-            "threads": tf.config.threading.get_intra_op_parallelism_threads()
-            or len(os.sched_getaffinity(0)),
+            "threads": threads(),
         }

@@ -41,9 +41,29 @@ def conv(fan_in, fan_out, dtype, size=3, stride=1, pad="same"):
     return built(layer, None, None, None, fan_in)
 
 
+class GroupNorm(keras.layers.GroupNormalization):
+    """x [B, H, W, C], normalised over H, W and neighbouring channels, a group each, then scaled.
+
+    The framework's own call takes its sums over the channels of a group and the pixels in one; over
+    the pixels first, along whole rows of memory, they take half the time.
+    """
+
+    def call(self, x):
+        _, h, w, c = x.shape
+        rows = tf.cast(tf.reshape(x, [-1, h * w, c]), self.gamma.dtype)
+
+        def mean(values):  # [B, H*W, C] -> [B, 1, C]: of a channel's group, for each channel
+            means = tf.reshape(tf.reduce_mean(values, 1), [-1, self.groups, c // self.groups])
+            return tf.repeat(tf.reduce_mean(means, -1), c // self.groups, axis=1)[:, None]
+
+        rows -= mean(rows)  # two passes: no cancellation
+        scale = self.gamma * tf.math.rsqrt(mean(rows * rows) + self.epsilon)
+        return tf.cast(tf.reshape(rows * scale + self.beta, tf.shape(x)), x.dtype)
+
+
 def group_norm(groups, width, dtype):
-    """x [B, H, W, C], normalised over H, W and neighbouring channels, a group each, then scaled."""
-    layer = keras.layers.GroupNormalization(groups, axis=-1, epsilon=EPS, dtype=dtype)
+    """The layer above with the design's epsilon."""
+    layer = GroupNorm(groups, axis=-1, epsilon=EPS, dtype=dtype)
     return built(layer, None, None, None, width)
 
 

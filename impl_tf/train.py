@@ -108,11 +108,11 @@ def draw_batch(config, count, generator):
     )
 
 
-def train(state, tables, config, images, labels, draws):
-    """Train on images [N, H, W, C] and labels [N], a step for each of draws; yields the losses."""
+def train(state, tables, config, images, labels, draws, update):
+    """Train on images [N, H, W, C] and labels [N], an update for each draw; yields the losses."""
     for rows, t, noise, drop in draws:
         x0, noise = tf.gather(images, rows), tf.cast(noise, images.dtype)
         if config.num_classes:
-            yield train_step(state, tables, config, x0, t, noise, tf.gather(labels, rows), drop)
+            yield update(state, tables, config, x0, t, noise, tf.gather(labels, rows), drop)
         else:
-            yield train_step(state, tables, config, x0, t, noise)
+            yield update(state, tables, config, x0, t, noise)

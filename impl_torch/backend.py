@@ -6,19 +6,26 @@ import torch
 from impl_torch import diffusion, train, unet
 from impl_torch.params import from_tree, load_params, read_params, to_tree
 from impl_torch.schedule import make_schedule
-from spec.backend import ARRAY_DTYPES, Checked, check_open, keep_freed_memory
+from spec.backend import ARRAY_DTYPES, Checked, check_open, keep_freed_memory, nearest_mode
 from spec.config import Config
 from spec.noise import training_draws
 from spec.params import find_block, initial_params
 
 name = "torch"
 dtypes = ("float64", "float32", "tf32", "bf16")
-modes = ("eager", "compiled")
+modes = ("eager", "compiled", "contiguous", "reduce-overhead", "max-autotune")
 
 
 def open(config: Config, params=None, *, seed=0, dtype="float32", device="auto", mode="compiled"):
-    """A Model with these parameters, or those that the seed gives; compiled: torch.compile."""
-    params = check_open(config, params, dtype, device, mode, dtypes)
+    """A Model with these parameters, or those that the seed gives.
+
+    contiguous: eager, with images in memory as [B, C, H, W]; else they lie as [B, H, W, C].
+    compiled, reduce-overhead, max-autotune: torch.compile, in its mode of that name.
+    """
+    params, mode = (
+        check_open(config, params, dtype, device, mode, dtypes),
+        nearest_mode(mode, modes),
+    )
     keep_freed_memory()
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -41,13 +48,14 @@ class TorchModel:
         self.dtype = getattr(torch, ARRAY_DTYPES[precision])
         self.device, self.mode = device, mode
         self.tables = {key: table.to(device) for key, table in make_schedule(config).items()}
-        model = unet.UNet(config).to(device, self.dtype, memory_format=torch.channels_last)
+        self.layout = torch.contiguous_format if mode == "contiguous" else torch.channels_last
+        model = unet.UNet(config).to(device, self.dtype, memory_format=self.layout)
         load_params(model, params)
         if precision == "bf16":
             model.forward = self._in_precision(model.forward)
         self._state = train.init_state(model)
-        if mode == "compiled":
-            model.compile()
+        if mode not in ("eager", "contiguous"):
+            model.compile(mode=None if mode == "compiled" else mode)
 
     @property
     def _model(self) -> unet.UNet:
@@ -65,11 +73,12 @@ class TorchModel:
         return run
 
     def _native(self, value):
-        """A tensor on the device; images [..., H, W, C] become [..., C, H, W], memory as it was."""
+        """A tensor on the device; images [..., H, W, C] become [..., C, H, W]."""
         if value is None:
             return None
         tensor = torch.from_numpy(value.copy()).to(self.device)
-        return tensor.movedim(-1, -3) if value.ndim > 3 else tensor
+        tensor = tensor.movedim(-1, -3) if value.ndim > 3 else tensor
+        return tensor.contiguous() if self.mode == "contiguous" else tensor
 
     def _natives(self, *values):
         return [self._native(value) for value in values]
@@ -169,7 +178,8 @@ class TorchModel:
 
         images, labels = self._natives(images, labels)
         images = images.to(self.dtype)
-        for loss in train.train(self._state, self.tables, self.config, images, labels, draws()):
+        run = (self._state, self.tables, self.config, images, labels, draws(), train.train_step)
+        for loss in train.train(*run):
             yield float(loss)
 
     @torch.no_grad()

@@ -63,9 +63,10 @@ def adam_update(params, grads, m, v, lr, step):
     """One step of Adam on params, m and v in place; step counts from 0."""
     correct1, correct2 = 1 - BETA1 ** (step + 1), 1 - BETA2 ** (step + 1)  # S9
     for name, g in grads.items():
-        m[name].mul_(BETA1).add_(g, alpha=1 - BETA1)
+        m[name].lerp_(g, 1 - BETA1)
         v[name].mul_(BETA2).addcmul_(g, g, value=1 - BETA2)
-        params[name] -= lr * (m[name] / correct1) / (torch.sqrt(v[name] / correct2) + EPS)
+        root = torch.sqrt(v[name] / correct2).add_(EPS)
+        params[name].addcdiv_(m[name], root, value=-lr / correct1)
 
 
 @torch.no_grad()
@@ -73,7 +74,7 @@ def ema_update(ema, params, ema_decay, step):
     """Move the EMA towards params in place; the decay grows with the step."""
     decay = min(ema_decay, (1 + step) / (10 + step))  # S9
     for name, p in params.items():
-        ema[name].mul_(decay).add_(p, alpha=1 - decay)
+        ema[name].lerp_(p, 1 - decay)
 
 
 def apply_gradients(state, config, grads):
@@ -106,11 +107,11 @@ def draw_batch(config, count, generator):
     )
 
 
-def train(state, tables, config, images, labels, draws):
-    """Train on images [N, C, H, W] and labels [N], a step for each of draws; yields the losses."""
+def train(state, tables, config, images, labels, draws, update):
+    """Train on images [N, C, H, W] and labels [N], an update for each draw; yields the losses."""
     for rows, t, noise, drop in draws:
         x0, noise = images[rows], noise.to(images.dtype)
         if config.num_classes:
-            yield train_step(state, tables, config, x0, t, noise, labels[rows], drop)
+            yield update(state, tables, config, x0, t, noise, labels[rows], drop)
         else:
-            yield train_step(state, tables, config, x0, t, noise)
+            yield update(state, tables, config, x0, t, noise)

@@ -63,7 +63,9 @@ app = typer.Typer(
 
 SeedOption = typer.Option(min=0, max=2**32 - 1, help="Of every random number; default 0.")
 DeviceOption = typer.Option(help="auto, cpu or cuda; default auto.")
-ModeOption = typer.Option(help="compiled or eager; default: the one that suits the framework.")
+ModeOption = typer.Option(
+    help="eager, compiled or parallel (slices of the batch side by side); default: the framework's."
+)
 PrecisionOption = typer.Option(
     help="float32 or bf16: of the network's arithmetic; weights and state are float32 always."
 )

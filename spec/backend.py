@@ -20,7 +20,15 @@ from spec.params import check_params, find_block
 ARRAY_DTYPES = {"float64": "float64", "float32": "float32", "tf32": "float32", "bf16": "float32"}
 DTYPES = tuple(ARRAY_DTYPES)
 REQUIRED_DTYPES = ("float64", "float32")
-MODES = ("eager", "compiled")
+MODES = (
+    "eager",  # every operation as it is met
+    "compiled",  # whole functions: torch.compile, tf.function, jax.jit
+    "parallel",  # slices of the batch side by side, in threads or on devices
+    "contiguous",  # PyTorch, eager: images in memory as [B, C, H, W] instead of [B, H, W, C]
+    "reduce-overhead",  # torch.compile with CUDA graphs
+    "max-autotune",  # torch.compile, which tries several kernels
+    "xla",  # tf.function through XLA
+)
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's mallopt
 METHODS = ("ddpm", "ddim", "dpmpp")
 Params = dict[str, np.ndarray]
@@ -188,7 +196,7 @@ class Backend(Protocol):
     """A module that opens models."""
 
     name: str
-    modes: tuple[str, ...]  # of "eager" and "compiled"; the first is what the suite runs by default
+    modes: tuple[str, ...]  # of MODES; the first is what the suite runs by default
     dtypes: tuple[str, ...]  # of DTYPES; a module without it has REQUIRED_DTYPES
 
     def open(
@@ -203,7 +211,7 @@ class Backend(Protocol):
     ) -> Model:
         """A Model with these parameters, or with those that the seed gives (S10).
 
-        A mode that the framework does not have is the nearest that it has; `describe` tells.
+        For a mode that it does not have, `nearest_mode` says which it takes; `describe` tells.
         Raises ValueError for an unknown dtype or mode, or a device that is not there, and
         ParameterError for parameters that do not fit.
         """
@@ -214,6 +222,17 @@ def one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:
     """Raise ValueError unless value is one of those allowed."""
     if value not in allowed:
         raise ValueError(f"{name} = {value!r} is unknown; choose one of {', '.join(allowed)}")
+
+
+def nearest_mode(mode: str, modes: tuple[str, ...]) -> str:
+    """The mode itself where it is among `modes`, else one that compiles as it does, else the first.
+
+    "eager" and "parallel" do without torch.compile; the others compile, as "compiled" does.
+    """
+    for choice in (mode, "eager" if mode in ("eager", "contiguous", "parallel") else "compiled"):
+        if choice in modes:
+            return choice
+    return modes[0]
 
 
 def keep_freed_memory() -> None:

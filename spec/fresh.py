@@ -35,7 +35,11 @@ from spec.tolerance import FEW_SEEDS
 # Of each element, float64 builds of a schedule lose 2^-53 / (1 - alphas_cumprod[0]): 2e-11 here,
 # as much as on the longest committed one.
 LEAST_NOISE = 5e-6
-LEAST_SIGNAL = 1e-30  # alphas_cumprod at the end: float32 has no normal numbers below 1e-38
+# alphas_cumprod at the end. A DDIM step from there with eta = 1 takes the root of
+# 1 - then - sigma^2 = (1 - then) now / then, about: what is left of numbers near 1, each with an
+# error of 2^-53. Of some four of them the root keeps 2 * 2^-53 / sqrt(now / then), 2e-11 here, and
+# more below: float64 itself, in another order, would not come within the 1e-10 that it is held to.
+LEAST_SIGNAL = 1e-10
 MOST_WORK = 3e12  # multiplications of all cases, by `work`: about an hour
 LONG = 12  # times T that a ddpm trajectory visits; of more, a short schedule takes the place
 SHORT = {"linear": {"timesteps": 8, "beta_start": 5e-3, "beta_end": 0.4}}
@@ -78,8 +82,8 @@ def _problems(config: Config):
     signal = float(np.log1p(-betas).sum())
     if signal < np.log(LEAST_SIGNAL):
         yield (
-            f"alphas_cumprod ends at e^{signal:.0f}, below {LEAST_SIGNAL:g}: float32 cannot hold "
-            "it; use a smaller beta_end, or fewer timesteps"
+            f"alphas_cumprod ends at e^{signal:.0f}, below {LEAST_SIGNAL:g}: float64 itself then "
+            "loses too much of a DDIM step; use a smaller beta_end, or fewer timesteps"
         )
     if work(config) > MOST_WORK:
         yield (
@@ -169,8 +173,8 @@ def random_config(number: int) -> Config:
     if height * width == 1:
         width = 2
     timesteps = draw.choice((1, 2, 3, 4, 7, 10, 24, 50, 100, 300, 1000, 1000, 2000, 4000))
-    # a long schedule of large betas leaves no signal that float32 could hold
-    top = min(-0.3, float(np.log10(40 / timesteps)))
+    # of two equal betas as large as this, alphas_cumprod ends at e^-22, above LEAST_SIGNAL
+    top = min(-0.3, float(np.log10(-np.expm1(-22 / timesteps))))
     low = -3.0 if timesteps < 100 else -5.0
     classes = draw.choice((0, 0, 1, 2, 3, 5, 7, 10))
     return Config(

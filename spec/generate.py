@@ -7,6 +7,7 @@ tolerance). The method is described in SPEC.md under "Goldens".
 """
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import importlib.metadata
 import json
@@ -14,6 +15,7 @@ import math
 import multiprocessing
 import platform
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -35,6 +37,7 @@ from spec.params import initial_params
 from spec.tolerance import FACTORS, median_floors, part_of, tolerance, vanishes
 
 Tree = dict[str, np.ndarray]
+Told = Callable[[str, int, int], None]  # what is done, how much of it, of how much
 WORKERS = 2
 CHUNK = 8  # seeds of one task
 INPUTS_APART = 2.0**-23  # relative: another libm may round a stored normal the other way
@@ -103,14 +106,53 @@ def solve(case: Case, given: dict[str, Any], params: Tree | None) -> dict[str, f
 
 def precisions(case: Case) -> list[str]:
     """The precisions in which the case has floors of its own."""
-    if case.level == 0:
+    if case.level == 0 or not case.columns:
         return []
     return list(case.columns) if asks_network(case) else ["float32"]
 
 
-def measure(cases: list[Case], inputs: Inputs, most: int | None = None) -> None:
-    """Fill in the floors that cases lack, over all seeds or at most so many, in processes."""
+@contextlib.contextmanager
+def bars(told: Told | None = None) -> Iterator[Told]:
+    """What follows work: `told`, or a bar on the console for each kind."""
+    if told is not None:
+        yield told
+        return
+    with Progress(console=console) as progress:
+        tasks: dict[str, Any] = {}
+
+        def tell(what: str, done: int, total: int) -> None:
+            if what not in tasks:
+                tasks[what] = progress.add_task(what, total=total)
+            progress.update(tasks[what], completed=done)
+
+        yield tell
+
+
+class Here(concurrent.futures.Executor):
+    """Runs each call at once, in this process: starting others would take longer."""
+
+    def submit(self, fn, /, *args, **kwargs):
+        future: concurrent.futures.Future = concurrent.futures.Future()
+        future.set_result(fn(*args, **kwargs))
+        return future
+
+
+def executor(processes: int) -> concurrent.futures.Executor:
+    """What runs calls in so many processes; 0: in this one."""
+    if not processes:
+        return Here()
     context = multiprocessing.get_context("spawn")
+    return concurrent.futures.ProcessPoolExecutor(processes, context)
+
+
+def measure(
+    cases: list[Case],
+    inputs: Inputs,
+    most: int | None = None,
+    told: Told | None = None,
+    processes: int = WORKERS,
+) -> None:
+    """Fill in the floors that cases lack, over all seeds or at most so many, in processes."""
     tasks = []
     for case in cases:
         for precision in precisions(case):
@@ -121,11 +163,8 @@ def measure(cases: list[Case], inputs: Inputs, most: int | None = None) -> None:
                     (case, precision, seeds[i : i + chunk]) for i in range(0, len(seeds), chunk)
                 ]
     tasks.sort(key=lambda task: -task[0].level)  # long ones first
-    with (
-        Progress(console=console) as progress,
-        concurrent.futures.ProcessPoolExecutor(WORKERS, context) as pool,
-    ):
-        bar = progress.add_task("noise floors", total=len(tasks))
+    with bars(told) as tell, executor(processes) as pool:
+        tell("noise floors", 0, len(tasks))
         futures = {
             pool.submit(floors, case, *fetch(case, inputs), seeds, precision=precision): (
                 case,
@@ -134,13 +173,13 @@ def measure(cases: list[Case], inputs: Inputs, most: int | None = None) -> None:
             for case, precision, seeds in tasks
         }
         measured: dict[tuple[str, str], dict[str, dict[str, float]]] = {}
-        for future in concurrent.futures.as_completed(futures):
+        for i, future in enumerate(concurrent.futures.as_completed(futures), 1):
             case, precision = futures[future]
             known = measured.setdefault((case.id, precision), {})
             for name, found in future.result().items():
                 before = known.get(name, found)
                 known[name] = {norm: max(before[norm], value) for norm, value in found.items()}
-            progress.advance(bar)
+            tell("noise floors", i, len(tasks))
     for case in cases:  # three digits are recorded, and what is recorded is what counts
         for precision in precisions(case):
             for name, found in measured.get((case.id, precision), {}).items():
@@ -148,19 +187,16 @@ def measure(cases: list[Case], inputs: Inputs, most: int | None = None) -> None:
                 case.floors.setdefault(precision, {})[name] = rounded
 
 
-def solve_all(cases: list[Case], inputs: Inputs) -> None:
+def solve_all(cases: list[Case], inputs: Inputs, told: Told | None = None) -> None:
     """Fill in every case's golden outputs. Raises AgreementError; prints how near they came."""
     worst: dict[tuple[int, str], float] = {}
-    with Progress(console=console) as progress:
-        task = progress.add_task("goldens from two sources", total=len(cases))
-        for case in cases:
-            if case.expected:
-                progress.advance(task)
-                continue
-            for kind, value in solve(case, *fetch(case, inputs)).items():
-                key = case.level, kind
-                worst[key] = max(worst.get(key, 0.0), value)
-            progress.advance(task)
+    with bars(told) as tell:
+        for i, case in enumerate(cases, 1):
+            if not case.expected:
+                for kind, value in solve(case, *fetch(case, inputs)).items():
+                    key = case.level, kind
+                    worst[key] = max(worst.get(key, 0.0), value)
+            tell("goldens from two sources", i, len(cases))
     for (level, kind), value in sorted(worst.items()):
         console.print(f"L{level} {kind}: the two sources are at most {value:.1e} apart")
 
@@ -429,15 +465,25 @@ def _check_floors(folder: Path, cases: list[Case], inputs: Inputs) -> list[str]:
 
 
 def write_fresh(
-    folder: Path, configs: list[Config], seed: int, columns: list[str], brief: bool = False
+    folder: Path,
+    configs: list[Config],
+    seed: int,
+    columns: list[str],
+    brief: bool = False,
+    told: Told | None = None,
+    processes: int = WORKERS,
 ) -> None:
-    """Write goldens of these configs, on inputs of the seed. Raises ConfigError, AgreementError."""
+    """Write goldens of these configs, on inputs of the seed. Raises ConfigError, AgreementError.
+
+    Without columns they have limits for float64 alone, which ask for no floors.
+    """
     inputs, cases = Inputs(seed), []
     for config in configs:
         cases += fresh_cases(inputs, config, brief)
     cases = [dataclasses.replace(case, columns=tuple(columns)) for case in cases]
-    solve_all(cases, inputs)
-    measure(cases, inputs)
+    solve_all(cases, inputs, told)
+    if columns:
+        measure(cases, inputs, None, told, processes)
     write_folder(folder, cases, inputs)
 
 
@@ -511,7 +557,7 @@ def check_request(configs: list[Config], seed: int, out: Path | None, columns: l
         raise ConfigError(
             f"--column {', '.join(unknown)} is unknown; choose among {', '.join(FACTORS)}"
         )
-    if "float32" not in columns:
+    if columns and "float32" not in columns:
         raise ConfigError("--column float32 is missing: what is outside the network has its limits")
     if out is None:
         raise ConfigError("--out is missing; name a folder for the goldens, new or empty")

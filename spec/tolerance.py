@@ -122,17 +122,19 @@ def _measured(
     if is_time_table(case, name):
         reason = "8 x 2^-24: a table built in float64 and cast once (S7)"
         return {"max": TABLE_FLOAT32, "reason": reason}
+    limits: dict[str, Any]
     if vanishes(case, name):
         other = name.replace("to_k.bias", "to_q.bias")
         found = _measured(case, other, precision, medians)
         size = float(np.abs(case.expected[other]).max())
         limit = _rounded(found.get("max", SAYS_NOTHING) * size)
-        return {"abs": limit, "reason": "true gradient zero (S8); to_q.bias's limit"}
+        limits = {"abs": limit} if limit < SAYS_NOTHING else {"finite": 0.0}
+        return limits | {"reason": "true gradient zero (S8); to_q.bias's limit"}
     group = _group(case, name)
     factor = (FEW_FACTORS if case.seeds else FACTORS)[precision]
     # Where a gradient is near zero, the sign of a whole step is chance: L2 only.
     whole = case.call == "train_steps" and part_of(name) in ("delta", "ema_delta")
-    limits: dict[str, Any] = {}
+    limits = {}
     reasons = []
     for norm in ("l2",) if whole else norms_of(case, name):
         own, median = case.floors[precision][name][norm], medians[precision, group][norm]

@@ -84,7 +84,7 @@ def test_wrong_results_fail_in_every_norm(what, limits):
 
 
 def test_a_huge_but_finite_result_fails_without_a_warning(recwarn):
-    finding = one(changed((0, 1, 2), 1e300), l2=1.0, max=1.0)
+    finding = one(changed((0, 1, 2), 1e300), l2=0.99, max=0.99)
     assert finding.problem == "tolerance"
     assert not recwarn.list
 
@@ -119,7 +119,7 @@ def test_the_edge_of_the_tolerance(norm):
 
 def test_all_norms_must_hold_and_the_worst_is_named():
     got = changed((0, 0, 0), GOLDEN[0, 0, 0] + 1e-3)
-    finding = one(got, l2=1.0, max=1e-5)
+    finding = one(got, l2=0.99, max=1e-5)
     assert not finding.ok
     assert finding.worst.norm == "max"
     assert [m.ok for m in finding.measures] == [True, False]
@@ -168,6 +168,9 @@ def test_tiny_and_huge_values_neither_vanish_nor_overflow():
         assert one(GOLDEN * scale, GOLDEN * scale, l2=1e-10).ok
         finding = one(GOLDEN * scale * 1.01, GOLDEN * scale, l2=1e-10)
         assert finding.worst.error == pytest.approx(0.01)
+    largest = np.full((3, 4, 4), 1.7e308)  # whose norm is beyond float64, as half of it is
+    assert one(largest.copy(), largest, l2=1e-10).ok
+    assert one(largest / 2, largest, l2=1e-10).worst.error == pytest.approx(0.5)
 
 
 @pytest.mark.parametrize("bad", [np.empty((0,)), np.array([1.0, np.nan]), np.array([np.inf])])
@@ -184,6 +187,10 @@ def test_a_golden_that_can_check_nothing_is_refused(bad):
         ({"l2": float("inf")}, "not a finite number"),
         ({"l2": -1.0}, "at least 0"),
         ({"l2": None}, "not a finite number"),
+        ({"l2": True}, "not a finite number"),
+        ({"l2": 1.0}, "a result of zeros would be within it"),
+        ({"each": 1e300}, "a result of zeros would be within it"),
+        ({"abs": 10**400}, "not below 1: it says nothing"),
     ],
 )
 def test_a_tolerance_that_can_check_nothing_is_refused(limits, message):

@@ -13,8 +13,8 @@ import pytest
 from conformance_fakes import Backend, Fake, write_goldens
 from typer.testing import CliRunner
 
-from conformance import bench
 from conformance.__main__ import app
+from conformance.bench import steps as bench
 from conformance.execute import Session
 from conformance.process import Impl, Setup, WorkerDied
 from conformance.reports import SCHEMA

@@ -9,7 +9,7 @@ from conformance_fakes import Backend, Fake, case_named, write_goldens
 
 from conformance import Result, UsageError, check, check_backend, diagnose
 from conformance.compare import Finding, Measure, hidden
-from conformance.diagnose import looks_like
+from conformance.diagnose import looks_like, out_alone
 from conformance.execute import Session
 from conformance.runner import finish, in_column, judge, select
 from spec.goldens import Goldens
@@ -754,6 +754,84 @@ def test_parameters_that_a_model_changes_are_noticed_at_the_first_case(goldens, 
     outcome = session.attempt(first)
     assert outcome.status == "fault"
     assert text in outcome.message
+
+
+# --- which rows, which times ----------------------------------------------------------------------
+
+
+def of_rows(rows, change):
+    """A model whose results of every call are changed in these rows."""
+
+    class Rows(Fake):
+        def cast(self, value):
+            value = super().cast(value)
+            if isinstance(value, dict) or value.ndim < 4:
+                return value
+            part = (slice(None), rows) if value.ndim == 5 else rows
+            value[part] = change(value[part])
+            return value
+
+    return Rows
+
+
+@pytest.mark.parametrize("change", [lambda x: x + 1e-3, lambda x: 1.5 * x, lambda x: x * np.nan])
+@pytest.mark.parametrize(
+    ("rows", "steps", "guided"),
+    [
+        ([0], "row 0 of 3 (t = 0; t_prev = -1) is wrong; the others", "row 0 of 2 (labels = 1) is"),
+        ([0, 1], "rows 0 and 1 of 3 (t = 0 and 400; t_prev = -1 and 200) are wrong", None),
+        ([1, 2], "rows 1 and 2 of 3 (t = 400 and 999; t_prev = 200 and 998) are", None),
+    ],
+)
+def test_the_rows_that_are_wrong_are_named_with_their_times(goldens, change, rows, steps, guided):
+    results = by_id(of_rows(rows, change), goldens, "L1/tiny/ddim_step")
+    (told,) = [clue for clue in results["L1/tiny/ddim_step"].clues if " of 3 (" in clue]
+    assert told.startswith(f"out: {steps}")
+    if guided is None:  # all rows of that case
+        return
+    results = by_id(of_rows(rows, change), goldens, "L6/digits/guided")
+    (told,) = [clue for clue in results["L6/digits/guided"].clues if " of 2 (" in clue]
+    assert told.startswith(f"trajectory: {guided}")
+
+
+def test_no_rows_are_named_where_all_are_wrong_or_none_could_be_told(goldens):
+    for model in (of_rows([0, 1, 2], lambda x: x + 1), of_rows([0], lambda x: x)):
+        results = by_id(model, goldens, "L1/tiny/*")
+        assert not any(" of 3" in clue for r in results.values() for clue in r.clues)
+
+
+@pytest.mark.parametrize(
+    ("times", "told"),
+    [
+        ([0], "t = 0;"),
+        ([0, 999], "t = 0 and 999;"),
+        ([1, 2, 3, 5, 8, 13], "t = 1, 2, 3, 5, 8 and 13;"),
+        (range(1, 1000), "999 of 1000 times, t = 1 to 999;"),
+        (range(0, 20, 2), "10 of 1000 times, t = 0, 2, 4, 6, ... and 18;"),
+    ],
+)
+@pytest.mark.parametrize("factor", [1.001, np.inf])
+def test_the_times_at_which_a_table_is_wrong_are_named(goldens, times, told, factor):
+    class Times(Fake):
+        def schedule(self):
+            tables = super().schedule()
+            tables["alphas_cumprod"][list(times)] *= factor
+            return tables
+
+    result = by_id(Times, goldens, "L0/*")["L0/tiny/schedule"]
+    (line,) = [clue for clue in result.clues if "is wrong at" in clue]
+    assert line.startswith(f"alphas_cumprod is wrong at {told}")
+
+
+def test_rows_of_a_strided_golden_are_found_where_it_is_stored():
+    golden = np.random.Generator(np.random.Philox(8)).normal(size=(4, 6, 5))
+    got = golden.copy()
+    got[[1, 3]] += 1e-3
+    finding = Finding("out", "tolerance", "", golden.shape, (Measure("l2", 1.0, 1e-10),))
+    for stride in (1, 2, 7, 29):
+        wrong = out_alone(finding, got, golden.reshape(-1)[::stride], stride, 0)
+        assert wrong.shape == (4, 1, 1)
+        assert wrong.ravel().tolist() == [False, True, False, True]
 
 
 # --- what hides the golden ------------------------------------------------------------------------

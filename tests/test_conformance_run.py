@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 from conformance.__main__ import app
 from conformance.process import KEPT, Impl, Setup, WorkerDied, WorkerProcess
-from conformance.reports import SCHEMA, explain, number, printable
+from conformance.reports import SCHEMA, Report, explain, number, printable
 from conformance.runner import Plan, Suite
 from spec.config import load_config
 from spec.goldens import GOLDENS, GoldenError, Goldens
@@ -315,6 +315,11 @@ def test_results_that_do_not_match_the_selection_fail(goldens, place):
     assert not column.ok
     column.results.clear()
     assert not column.ok
+    assert not Report(suite.plan, [column]).ok
+    column.selected.clear()  # nothing asked for and nothing done is no pass either
+    assert not column.ok
+    assert not Report(suite.plan, [column]).ok
+    assert not Report(suite.plan, []).ok
 
 
 def test_a_worker_keeps_the_end_of_a_flood_and_nothing_more(goldens, place):
@@ -427,7 +432,7 @@ def test_requests_that_are_unknown_are_answered(goldens, place):
     assert worker.start()["protocol"] == 1
     reply = worker.ask({"do": "dance"}, 30.0)
     assert reply["status"] == "error"
-    known = "hello, case, time, train, stop"
+    known = "hello, case, time, train, bench, stop"
     assert f"request 'dance' is unknown; known are {known}" in reply["message"]
     reply = worker.ask({"do": "time", "part": "round"}, 30.0)
     assert "begins with part = 'open'" in reply["message"]

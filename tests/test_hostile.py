@@ -226,7 +226,11 @@ CALLS = {
     "segfaults": ("ctypes.string_at(0)", "crashed", "SIGSEGV"),
     "aborts": ("os.abort()", "crashed", "SIGABRT"),
     "leaves": ("os._exit(0)", "crashed", "exit code 0"),
-    "SIGINT": ("os.kill(os.getpid(), signal.SIGINT); time.sleep(1)", "error", "KeyboardInterrupt"),
+    "SIGINT": (
+        "os.kill(os.getpid(), signal.SIGINT); [time.sleep(0.01) for _ in range(100)]",
+        "error",
+        "KeyboardInterrupt",
+    ),
     "bottomless recursion": (
         "sys.setrecursionlimit(2**31 - 1)\ndef f(x): return repr([x, f])[:0] or f([x]) + f(x)\n"
         "return sorted([1, 2], key=lambda i: f(i))",

@@ -143,3 +143,92 @@ def test_an_environment_is_kept_until_its_requirements_change(tmp_path, monkeypa
     jobs.environment(session, "small")
     assert len(session.commands) == 6
     assert not left_over.exists()
+
+
+def test_the_oracles_environment_is_made_only_where_none_has_its_packages(tmp_path, monkeypatch):
+    monkeypatch.setattr(jobs, "ENVIRONMENTS", tmp_path / "environments")
+    monkeypatch.setattr(jobs, "REQUIREMENTS", tmp_path)
+    (tmp_path / "goldens.txt").write_text("mpmath==1\n")
+    (tmp_path / "tests.txt").write_text("-r goldens.txt\npytest==1\n")
+    session = Session()
+    assert jobs.oracle_environment(session) == str(jobs.python_of("goldens"))
+    count = len(session.commands)
+    jobs.environment(session, "tests")
+    made = len(session.commands)
+    assert made > count
+    assert jobs.oracle_environment(session) == str(jobs.python_of("tests"))
+    assert len(session.commands) == made
+
+
+@pytest.mark.parametrize(
+    ("arguments", "is_made"),
+    [
+        (["--config", "mine.toml", "--seed", "3"], True),
+        (["numpy", "--config=mine.toml"], True),
+        (["--config", "mine.toml", "--oracle", "python3"], False),
+        (["--timing-config", "tiny"], False),
+    ],
+)
+def test_a_config_brings_the_oracles_environment(arguments, is_made, monkeypatch):
+    session = Session()
+    session.posargs = ["--accelerator", "cpu", *arguments]
+    made = []
+    monkeypatch.setattr(jobs, "environment", lambda session, name: made.append(name) or name)
+    monkeypatch.setattr(jobs, "stands", lambda name: False)
+    getattr(jobs.conformance, "func", jobs.conformance)(session)
+    assert ("goldens" in made) == is_made
+    (command,) = session.commands
+    oracle = ["--oracle", "goldens"] if is_made else []
+    passed_on = [argument for argument in arguments if argument != "numpy"]
+    assert list(command[-len(oracle) - len(passed_on) :]) == [*oracle, *passed_on]
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """A session whose environments are names, to see what `nox -s bench` would run."""
+    made = []
+
+    def environment(session, name):
+        made.append(name)
+        return f"python of {name}"
+
+    monkeypatch.setattr(jobs, "environment", environment)
+    monkeypatch.setattr(jobs, "present_backends", lambda: ["numpy", "torch"])
+
+    def run(*arguments):
+        session = Session()
+        session.posargs = list(arguments)
+        made.clear()
+        jobs.bench(session)
+        (command,) = session.commands
+        return made.copy(), list(command)
+
+    return run
+
+
+def test_the_benchmark_runs_each_backend_in_its_own_environment(asked):
+    made, command = asked("--accelerator", "cpu", "--rounds", "7")
+    assert made == ["base", "numpy-cpu", "torch-cpu"]
+    assert command[:4] == ["python of base", "-m", "conformance.bench", "run"]
+    assert command[4:] == [
+        *("--impl", "impl_numpy=python of numpy-cpu"),
+        *("--impl", "impl_torch=python of torch-cpu"),
+        *("--device", "cpu", "--rounds", "7"),
+    ]
+    made, command = asked("--accelerator", "cuda")
+    assert made == ["base", "torch-cuda"]
+    assert command[4:] == ["--impl", "impl_torch=python of torch-cuda", "--device", "cuda"]
+    assert asked("scaling", "torch", "--accelerator", "cpu")[1][3:5] == ["scaling", "--impl"]
+
+
+def test_peers_are_installed_only_where_they_are_asked_for(asked):
+    made, command = asked("torch", "--accelerator", "cpu", "--peers")
+    assert made[:2] == ["base", "torch-cpu"]
+    assert made[2:] == [path.stem for path in sorted(REQUIREMENTS.glob("peers-*-cpu.txt"))]
+    assert command[-1] == "--peers"
+
+
+def test_files_of_results_need_no_backend(asked):
+    made, command = asked("compare", "a.json", "b.json")
+    assert made == ["base"]
+    assert command[3:] == ["compare", "a.json", "b.json"]

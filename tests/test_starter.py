@@ -116,28 +116,49 @@ def test_it_says_what_to_write_then_what_is_wrong_then_what_to_write_next(starte
     assert run("--level", "0").exit_code == 0
 
 
+NUMBER = re.compile(r"(?<![\w.])-?\d+\.?\d*(?:e[-+]?\d+)?(?![\w.])")
+
+
+def numbers(*texts: str) -> set[str]:
+    """Every number of eight digits or more in the texts, to eight digits."""
+    found = {word for text in texts for word in NUMBER.findall(text)}
+    long = [w for w in found if len(re.sub(r"\D|e.*", "", w).lstrip("0")) >= 8]
+    return {f"{float(word):.8g}" for word in long}
+
+
 def test_hide_expected_prints_and_writes_no_golden(started):
     fill(started, "schedule", SCHEDULE.replace("table,", "table + 0.25 * (table > 0.5),"))
-    options = ("--level", "0", "--dtype", "float64")
-    shown = run(*options)
-    report = json.loads(Path("reports/conformance.json").read_text())
-    values = [r["worst"]["expected"] for r in report["results"]]
-    assert len(values) == 10
-    assert repr(values[0]) in shown.output
-    telling = [repr(value) for value in values if len(repr(value)) > 8]  # 1.0 may mean anything
-    assert telling
-
-    hidden = run(*options, "--hide-expected")
-    assert hidden.exit_code == 1
-    assert "not shown" in hidden.output
-    for file in ("conformance.json", "conformance.xml", "conformance.md"):
-        text = (started / "reports" / file).read_text()
-        assert not any(value in text for value in telling)
-    report = json.loads(Path("reports/conformance.json").read_text())
-    assert {f["expected"] for r in report["results"] for f in [r["worst"], *r["failures"]]} == {
-        None
+    fill(started, "q_sample", "        return np.flip(x0, 0) * 1.25\n")
+    fill(started, "target", "        raise ValueError(f'no target of {x0}')\n")
+    cases = ["--case", "L0/*", "--case", "L1/tiny/q_sample", "--case", "L1/tiny/target"]
+    options = (*cases, "--dtype", "float64", "--score", "reports/score.json")
+    golden = {
+        f"{value:.8g}"
+        for case in GOLDENS.cases
+        if case.level == 0 or case.id in cases
+        for output in case.outputs
+        for value in GOLDENS.expected(case, output).ravel()
     }
-    assert not any(value in hidden.output for value in telling)
+    golden |= {number.removeprefix("-") for number in golden}
+
+    def told(*more: str) -> tuple[str, set[str]]:
+        """What is printed, and every golden number in it or in any file that is written."""
+        done = run(*options, *more)
+        assert done.exit_code == 1
+        files = sorted(path for path in Path("reports").rglob("*") if path.is_file())
+        assert len(files) == 4
+        return done.output, golden & numbers(done.output, *(f.read_text() for f in files))
+
+    output, shown = told()
+    assert "expected" in output
+    assert len(shown) > 10
+    output, shown = told("--hide-expected")
+    assert "not shown" in output
+    assert shown == set()
+    report = json.loads(Path("reports/conformance.json").read_text())
+    compared = [result for result in report["results"] if result["worst"]]
+    assert len(compared) == 11
+    assert {f["expected"] for r in compared for f in [r["worst"], *r["failures"]]} == {None}
 
 
 def test_a_module_that_cannot_be_imported_has_a_score_too(started):

@@ -17,7 +17,7 @@ from conformance import lines
 
 ROOT = Path(__file__).resolve().parents[1]
 FRAMEWORKS = {
-    "impl_numpy": set(),
+    "impl_numpy": {"threadpoolctl"},
     "impl_torch": {"torch"},
     "impl_tf": {"tensorflow", "keras"},
     "impl_jax": {"jax", "flax"},
@@ -30,6 +30,21 @@ GENERATORS = {"torch", "diffusers", "mpmath"}  # the sources of the goldens, and
 GENERATOR_FILES = {"spec/generate.py", "spec/oracle.py", "spec/floor.py", "spec/tables.py"}
 # What a dataset's files need, where they are read.
 DATA = {"spec/archives.py": {"pooch"}, "spec/folder.py": {"PIL"}}
+# The benchmark measures what each library can do, and other networks beside ours. Each library is
+# imported where it is used, in a process of its own.
+MEASURED = {
+    "conformance/bench/ceiling.py": {"torch", "tensorflow", "jax"},
+    "conformance/bench/peers/on_torch.py": {"torch"},
+    "conformance/bench/peers/diffusers.py": {"torch", "diffusers"},
+    "conformance/bench/peers/lucidrains.py": {
+        "torch",
+        "torchvision",
+        "denoising_diffusion_pytorch",
+        "ema_pytorch",
+    },
+    "conformance/bench/peers/keras.py": {"tensorflow", "keras"},
+    "conformance/bench/peers/nnx.py": {"jax", "flax", "optax"},
+}
 # What an implementation shares with the others: data, names and checks, never arithmetic.
 SHARED = {"spec.backend", "spec.config", "spec.noise", "spec.params"}
 PARALLEL = ("schedule.py", "diffusion.py", "train.py", "params.py")
@@ -65,7 +80,7 @@ def allowed_imports(path: str) -> set[str]:
     if package == "spec":
         return {"numpy", "safetensors", "sklearn", *DATA.get(path, set())}
     if package in ("conformance", "lab"):
-        return {"spec", *LIBRARIES}
+        return {"spec", *LIBRARIES, *MEASURED.get(path, set())}
     extra = {"lab"} if path.endswith("/__main__.py") else set()
     return {"spec", "numpy", *FRAMEWORKS[package], *extra}
 
@@ -121,6 +136,9 @@ def test_dependencies_point_one_way(package):
         ("conformance/run.py", "from impl_torch import backend"),
         ("conformance/run.py", "import importlib\nimportlib.import_module('torch')"),
         ("conformance/run.py", "import lab"),
+        ("conformance/bench/steps.py", "import torch"),
+        ("conformance/bench/ceiling.py", "import impl_torch"),
+        ("conformance/bench/peers/keras.py", "import torch"),
         ("lab/cli.py", "import conformance"),
         ("lab/cli.py", "import impl_numpy"),
         ("spec/config.py", "import torch"),
@@ -147,6 +165,7 @@ def test_a_wrong_import_is_found(path, source):
         ("spec/archives.py", "def f():\n    import pooch"),
         ("spec/folder.py", "def f():\n    from PIL import Image, ImageOps"),
         ("conformance/run.py", "import importlib\nimportlib.import_module(name)"),
+        ("conformance/bench/ceiling.py", "def f():\n    import torch"),
     ],
 )
 def test_a_right_import_passes(path, source):
@@ -225,6 +244,17 @@ OTHERS = [name for name in IMPLEMENTATIONS if name != "impl_numpy"]
 def test_same_functions_same_arguments_same_order(implementation, file):
     assert outline(read("impl_numpy", file))
     assert outline(read(implementation, file)) == outline(read("impl_numpy", file))
+
+
+SHARING = [name for name in OTHERS if (ROOT / name / "parallel.py").exists()]
+
+
+@pytest.mark.parametrize("implementation", SHARING)
+def test_whoever_shares_out_a_batch_does_so_under_the_same_names(implementation):
+    # PyTorch does not: its own threads are as fast on a CPU. NumPy's have a class of their own.
+    functions = [f for f in outline(read("impl_numpy", "parallel.py")) if f[0] != "Workers"]
+    assert functions
+    assert outline(read(implementation, "parallel.py")) == functions
 
 
 @pytest.mark.parametrize("implementation", OTHERS)
