@@ -20,7 +20,7 @@ from conformance.mutants import (
     run_copy,
     try_mutant,
 )
-from conformance.mutants.command import rows_of
+from conformance.mutants.command import MOST, jobs_of, rows_of
 from conformance.mutants.engine import FIT, IMPLS, SLOW, cases_for, copied
 from conformance.process import ROOT
 from spec.goldens import Goldens
@@ -378,6 +378,36 @@ def test_rows_are_not_kept_where_the_files_changed_as_they_ran(tmp_path, monkeyp
     with pytest.raises(MutantError, match="1 rows of numpy are not kept"):
         store.keep(job, [a_row(name="q-sample-factors-swapped")])
     assert not store.path.exists()
+
+
+def test_two_runs_may_keep_their_rows_in_one_file(tmp_path):
+    both = [rows.Rows(tmp_path / "rows.json") for _ in range(2)]
+    names = ["q-sample-factors-swapped", "clip-missing"]
+    for store, name in zip(both, names, strict=True):
+        job = {"impl": "numpy", "dtype": "float64", "names": [name]}
+        store.expect([job])
+        store.keep(job, [a_row(name=name)])
+    assert set(rows.Rows(tmp_path / "rows.json").curated) == {("numpy", name) for name in names}
+
+
+def test_parts_of_automatic_rows_are_whole_together_and_none_is_there_twice(every_row, tmp_path):
+    found = [dict(row) for row in every_row.automatic["numpy"]]
+    store = rows.Rows(tmp_path / "others.json")
+    jobs = [{"impl": "numpy", "auto": {"part": [part, 2], "every": 1}} for part in range(2)]
+    store.expect(jobs)
+    for part in (0, 0, 1):
+        assert not store.fresh_auto("numpy")
+        store.keep(jobs[part], found[part::2])
+    assert store.fresh_auto("numpy")
+
+
+def test_a_job_is_kept_whole_and_so_is_not_long():
+    chosen = load_mutants("numpy")
+    jobs = jobs_of(chosen, None, 1)
+    assert max(len(job["names"]) for job in jobs) <= MOST
+    assert sorted(name for job in jobs for name in job["names"]) == sorted(m.name for m in chosen)
+    few = jobs_of(chosen[:3], "float32", 2)
+    assert few == [{"impl": "numpy", "dtype": "float32", "names": [m.name for m in chosen[:3]]}]
 
 
 def test_a_fault_that_is_there_no_more_loses_its_row(every_row):
