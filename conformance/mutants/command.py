@@ -1,6 +1,7 @@
 """The command: `python -m conformance mutants [--impl numpy] [--name GLOB] [--auto]`."""
 
 import fnmatch
+import itertools
 import json
 import subprocess
 import tempfile
@@ -23,6 +24,7 @@ from spec.goldens import GOLDENS, GoldenError
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 CURATED, AUTOMATIC, PAGE = "mutants.json", "mutants-auto.json", "mutants.md"
+SHARED, MOST = 20, 40  # faults: a job of so many is shared; one has no more, as it is kept whole
 Job = dict[str, Any]  # see worker.replies
 
 
@@ -52,14 +54,19 @@ def is_wrong(row: report.Row, own_column: bool = True) -> bool:
 
 
 def jobs_of(mutants: list[Mutant], dtype: str | None, parts: int) -> list[Job]:
-    """A job for each implementation and column; parts of the slow ones, so that cores share."""
+    """Jobs for each implementation and column; parts of the large ones, so that cores share."""
     names: dict[tuple[str, str], list[str]] = {}
     for mutant in mutants:
         names.setdefault((mutant.impl, dtype or mutant.dtype), []).append(mutant.name)
     made = []
     for (impl, column), chosen in names.items():
-        count = parts if len(chosen) >= 20 else 1  # each has a run without a fault to do first
-        made += [dict(impl=impl, dtype=column, names=chosen[i::count]) for i in range(count)]
+        # each has a run without a fault to do at its end, of the cases that caught its own
+        count = max(parts if len(chosen) >= SHARED else 1, -(-len(chosen) // MOST))
+        bounds = [len(chosen) * i // count for i in range(count + 1)]
+        made += [
+            dict(impl=impl, dtype=column, names=chosen[first:last])
+            for first, last in itertools.pairwise(bounds)
+        ]
     return sorted(made, key=lambda job: job["impl"] not in ("jax", "tf"))  # the longest first
 
 
