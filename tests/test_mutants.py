@@ -185,7 +185,10 @@ def test_the_page_tells_of_every_fault_and_of_no_survivor():
     text = PAGE.read_text(encoding="utf-8")
     missing = [mutant.name for mutant in ALL if f"`{mutant.name}`: " not in text]
     assert not missing, "write the page anew: nox -s mutants -- --page docs/mutants.md"
-    assert f" {len(ALL)} |" in text
+    tried, _, rest = text.partition("### Not tried yet")
+    untried = [mutant.name for mutant in ALL if f"- `{mutant.name}`: " in rest]
+    assert untried or f" {len(ALL)} |" in text
+    assert "of 0 (" not in tried
     assert " ! |" not in text
 
 
@@ -334,6 +337,32 @@ def test_the_page_is_written_from_rows_and_nothing_is_tried_again(every_row, tmp
         f"| {len(auto.mutants_of('torch'))} of {len(auto.mutants_of('torch'))} (100.0 %) |" in text
     )
     assert run_command(*arguments, "--auto").exit_code == 0
+
+
+def test_a_page_may_name_what_was_not_tried_and_keep_what_it_told_of_automatic_faults(
+    every_row, tmp_path
+):
+    page, reports = tmp_path / "page.md", tmp_path / "reports"
+    arguments = ["--rows", str(every_row.path), "--page", str(page), "--reports", str(reports)]
+    assert run_command(*arguments).exit_code == 0
+    told = report.section_of(page)
+    assert told.startswith(report.CHOSEN_BY_NOBODY)
+    for name, row in list(every_row.curated.items()):
+        if name[0] == "jax":
+            row["of"] = "of another time"
+    every_row.automatic["torch"].pop()
+    every_row.save()
+    for _ in range(2):  # the second time from a page that was written so
+        done = run_command(*arguments, "--impl", "numpy", "--untried")
+        assert done.exit_code == 0, done.output
+        text = page.read_text(encoding="utf-8")
+        count = len(load_mutants("jax"))
+        assert f"no verdict on the files as they are ({count} of JAX)" in text
+        assert all(f"`{mutant.name}`: " in text for mutant in load_mutants("jax"))
+        assert f" {len(ALL) - count} |" in text
+        assert text.count(report.EARLIER) == 1
+        assert text.endswith(told.partition("\n\n")[2])
+    assert run_command("--untried").exit_code == 2
 
 
 def test_a_stale_row_is_tried_again_and_kept(every_row, tmp_path):

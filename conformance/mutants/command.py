@@ -179,6 +179,9 @@ def mutants(
             "are, and write the page from all that it holds."
         ),
     ] = None,
+    untried: Annotated[
+        bool, typer.Option("--untried", help="With --rows: a page that names what lacks a row.")
+    ] = False,
 ) -> None:
     """Put each fault into a copy of an implementation, and see that the suite catches it there.
 
@@ -189,6 +192,10 @@ def mutants(
         at_a_time = check_jobs(jobs)
         if rows and (dtype or every != 1):
             raise UsageError("--rows keeps what the page tells; leave out --dtype and --every")
+        if untried and not (rows and page):
+            raise UsageError(
+                "--untried is about the page of a file of rows; give --rows and --page"
+            )
         store = keeping.Rows(rows) if rows else None
         if automatic:
             if name or dtype:
@@ -225,15 +232,22 @@ def mutants(
     write_json(reports / (AUTOMATIC if automatic else CURATED), {"mutants": keeping.plain(found)})
     failed = _tell_auto(watch, found) if automatic else _tell(watch, out, found, dtype is None)
     both = [kept(reports / CURATED), kept(reports / AUTOMATIC)]
+    lacking: list[Mutant] = []
+    earlier = ""
     try:
-        if store and page:
+        if store and page and untried:
+            tried, lacking = store.tried()
+            fresh = all(store.fresh_auto(i) for i in auto.IMPLS)
+            both = [tried, store.automatic_rows() if fresh else []]
+            earlier = report.section_of(page)
+        elif store and page:
             both = [store.curated_rows(), store.automatic_rows()]
     except keeping.StaleError as error:
         Watch(console(stderr=True)).say(f"error: {error}")
         raise typer.Exit(1) from error
     paths = [path for path in (reports / PAGE, page) if path]
     for path in paths:
-        write(path, report.page(*both).encode())
+        write(path, report.page(both[0], both[1], lacking, earlier).encode())
     watch.say(f"reports: {', '.join(map(str, paths))}")
     raise typer.Exit(1 if failed else 0)
 

@@ -178,6 +178,12 @@ class Rows:
             self._refuse(f"automatic faults of {', '.join(lacking)}", ["auto", *lacking])
         return [row for impl in auto.IMPLS for row in self.automatic[impl]]
 
+    def tried(self) -> tuple[list[Row], list[Mutant]]:
+        """The fresh rows of faults, as reports order them, and the faults that have none."""
+        every = [m for impl in sorted(IMPLS, key=ORDER.index) for m in load_mutants(impl)]
+        rows = [self.curated[m.impl, m.name] for m in every if self.fresh(m)]
+        return rows, [mutant for mutant in every if not self.fresh(mutant)]
+
     def _refuse(self, what: str, impls: list[str]) -> None:
         options = " ".join("--auto" if impl == "auto" else f"--impl {impl}" for impl in impls)
         raise StaleError(
