@@ -246,6 +246,17 @@ def tests(session: nox.Session) -> None:
 
 
 @nox.session
+def slow(session: nox.Session) -> None:
+    """Try thousands of random configs, shapes and arguments, new ones each time: `-- [pytest's]`.
+
+    `-- --hypothesis-seed=N` draws the same again.
+    """
+    python = environment(session, "tests")
+    command = ["-m", "pytest", "-s", "-v", "tests/test_any_config.py", *session.posargs]
+    session.run(python, *command, external=True, env={"ROSETTA_SLOW_TESTS": "1"})
+
+
+@nox.session
 def goldens(session: nox.Session) -> None:
     """Make the goldens anew, in an environment of their own; `-- --check` compares instead."""
     python = environment(session, "goldens")

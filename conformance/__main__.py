@@ -23,7 +23,7 @@ from conformance.process import (
     interpreter,
     shipped,
 )
-from conformance.reports import Report, write_all, write_json
+from conformance.reports import Report, write, write_all, write_json
 from conformance.runner import (
     Column,
     Plan,
@@ -459,6 +459,13 @@ def fresh_command(
         Path | None,
         typer.Option(help="Folder that goldens are left in; those that it has are used again."),
     ] = None,
+    results: Annotated[
+        Path | None,
+        typer.Option(help="JSON file that gets the figures, beside its others."),
+    ] = None,
+    page: Annotated[
+        Path | None, typer.Option(help="File for a page of all that --results holds.")
+    ] = None,
     timeout: Timeout = 300.0,
     threads: Threads = None,
     jobs: Annotated[
@@ -474,6 +481,13 @@ def fresh_command(
         check_place("--reports", reports, is_folder=True)
         if keep_goldens:
             check_place("--keep-goldens", keep_goldens, is_folder=True)
+        if page and not results:
+            raise UsageError("--page shows what --results holds; give that file too")
+        for option, path in (("--results", results), ("--page", page)):
+            if path:
+                check_place(option, path, is_folder=False)
+        if results:
+            fresh.merged(results, {"columns": []})
         impls = impl or [f"{name}={interpreter(name, device)}" for name in shipped()]
         dtypes, plan_of = _asked(impls, dtype, device, mode, threads, timeout)
 
@@ -489,6 +503,11 @@ def fresh_command(
     except (UsageError, ConfigError, GoldenError, CannotStart) as error:
         raise _refuse(error) from error
     show.show_fresh(out, found, reports)
+    if results:
+        held = fresh.merged(results, found.report())
+        write_json(results, held)
+        if page:
+            write(page, fresh.page(held).encode())
     watch.say(f"reports: {reports / fresh.REPORT}")
     watch.say(f"fresh: {'passed' if found.ok else 'FAILED'}")
     raise typer.Exit(0 if found.ok else 1)

@@ -7,6 +7,7 @@ config.
 
 import contextlib
 import dataclasses
+import json
 import os
 import shutil
 import tempfile
@@ -185,6 +186,7 @@ class Run:
 
     def report(self) -> dict[str, Any]:
         """For JSON."""
+        columns = [{"first": self.first, **tally.report()} for tally in self.tallies]
         return {
             "format": FORMAT,
             "ok": self.ok,
@@ -192,7 +194,7 @@ class Run:
             "first": self.first,
             "count": self.count,
             "unmade": [{"number": made.number, "problem": made.problem} for made in self.unmade],
-            "columns": [tally.report() for tally in self.tallies],
+            "columns": columns,
         }
 
 
@@ -290,3 +292,73 @@ def again(tally: Tally, failure: Failure, reports: Path) -> str:
         f"python -m conformance run --impl {tally.backend} --dtype {tally.dtype} "
         f"--mode {tally.mode} --config {file} --seed {failure.number}"
     )
+
+
+def merged(path: Path, report: dict[str, Any]) -> dict[str, Any]:
+    """What a file of results holds, with the columns of a report in place of its own of that name.
+
+    Raises UsageError where the file is there and cannot be read.
+    """
+    columns = {(c["backend"], c["dtype"]): c for c in report["columns"]}
+    before = []
+    if path.exists():
+        try:
+            before = json.loads(path.read_text(encoding="utf-8"))["columns"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UsageError(f"--results {path} is no file of results; name a new one") from error
+    kept = [columns.pop((c["backend"], c["dtype"]), c) for c in before]
+    return {"format": FORMAT, "columns": [*kept, *columns.values()]}
+
+
+FOREWORD = """# Random configs
+
+Config N and all its inputs follow from the number N: the image's sides, channels, levels, layers,
+groups, attention, classes, timesteps, schedule, prediction, variance, clip, and how it is trained.
+For each, goldens are made by the two sources that made those in `spec/goldens`, which had to agree
+there too, with limits derived in the same way: tables, steps, the network block by block, every
+gradient, two train steps, and one trajectory of a kind that N draws.
+
+    python -m conformance fresh --count 200
+
+A config counts as passed where every case did. The worst share is the largest error as a share of
+its limit. NumPy and PyTorch run as usual. What a config compiles is used a few times only, so
+TensorFlow runs without graphs (`eager`), and JAX compiles whole functions with few of the
+compiler's passes; `nox -s conformance` has both in their usual mode.
+
+"""
+AFTERWORD = """
+What no golden could judge is not drawn, and is refused in a config of one's own, with the reason:
+one channel a group, and attention over one pixel, whose gradients are zero but for rounding (S8); a
+first beta below 5e-6, from which float64 itself does not build the tables to 1e-10; and an
+alphas_cumprod that ends below 1e-10, where it does not take a DDIM step to that (`spec/fresh.py`).
+"""
+
+
+def page(results: dict[str, Any]) -> str:
+    """The page of what a file of results holds."""
+    lines = [
+        "| backend | dtype | mode | configs | passed | cases | worst share | case |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    failures = []
+    for column in results["columns"]:
+        worst = column["worst"] or {"ratio": "-", "case": "-"}
+        first = column["first"]
+        cells = [
+            column["backend"],
+            column["dtype"],
+            column["mode"],
+            f"{column['configs']}, from {first}",
+            column["passed"],
+            column["cases"],
+            worst["ratio"],
+            worst["case"],
+        ]
+        lines.append(f"| {' | '.join(map(str, cells))} |")
+        for failure in column["failures"]:
+            failures.append(
+                f"- {column['backend']} {column['dtype']}, config {failure['number']}: "
+                f"{failure['case']} {failure['status']}, {failure['ratio']} of the limit"
+            )
+    failed = ["", "Not passed:", "", *failures] if failures else []
+    return FOREWORD + "\n".join([*lines, *failed]) + "\n" + AFTERWORD

@@ -51,6 +51,7 @@ CALLS: dict[str, tuple[str, ...]] = {
     "guide": (
         "guidance as label + s*(label - null) instead of null + s*(label - null)",
         "null and label swapped",
+        "a Python scalar, the guidance scale, frozen when the function was traced",
     ),
     "predict": (
         "a block differs: see the taps of this config",
@@ -79,12 +80,14 @@ CALLS: dict[str, tuple[str, ...]] = {
     "apply_gradients": (
         "Adam's epsilon inside the root, on v without its bias correction (Keras), or 1e-7",
         "Adam's step counted from 0 instead of 1, or bias correction left out",
-        "clip by g*min(1, c/(norm + 1e-6)), per tensor, left out, or scaling small gradients up",
+        "clip by g*min(1, c/(norm + 1e-6)), per tensor, per number, left out, or scaling small "
+        "gradients up",
         "warm-up off by one step, or left out",
         "EMA before the update, without min(ema_decay, (1+k)/(10+k)), or with k counted from 1",
         "a Python scalar (the step count, the learning rate) frozen when the step was traced",
         "m, v, EMA or the step not carried over, one array for two, or begun elsewhere than at 0",
         "weight decay, or other betas than 0.9 and 0.999",
+        "1 - beta^k, the step count or the EMA's decay computed in float32, which loses digits",
     ),
     "train_steps": (
         "a fault in the gradients or the update: see L4 and apply_gradients",
@@ -131,7 +134,7 @@ BLOCKS: dict[str, tuple[str, ...]] = {
         "values rounded on the way: TF32 left on for float32, or half precision",
     ),
     "attention": (
-        "scale 1/C instead of 1/sqrt(C)",
+        "scale 1/C instead of 1/sqrt(C), or none",
         "softmax over queries instead of keys, queries and keys swapped, or several heads",
         "residual left out, or from the normalised input instead of the raw one",
         "H and W flattened in the wrong order",
@@ -182,6 +185,7 @@ GUIDED = (
     "null class is 0 or K-1 instead of K",
     "null and label swapped in the doubled batch",
     "a guidance scale of 0 taken for no guidance",
+    "a Python scalar, the guidance scale, frozen when the sampler was traced",
 )
 
 

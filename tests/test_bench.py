@@ -840,6 +840,19 @@ def test_a_peer_whose_package_is_missing_says_how_to_get_it(place, capsys):
     assert "nox -s bench -- --peers" in said
 
 
+def test_a_peer_that_nobody_named_holds_nobody_up(place, monkeypatch, capsys):
+    (place / "lonely.py").write_text("import package_that_nobody_has\n")
+    monkeypatch.setattr(command, "PEERS", {"lonely": "lonely", "mute": "mute"})
+    values = bench("--impl=impl_numpy", "--peers", "--workload=tiny", "--mode=all")
+    status = {entry["backend"]: entry["status"] for entry in values["runs"]}
+    assert (status["lonely"], status["mute"]) == ("cannot start", "ok")
+    monkeypatch.setattr(command, "PEERS", {"lonely": "lonely"})
+    with pytest.raises(SystemExit) as ended:  # none of the peers that were asked for
+        command.main(["run", "--impl=impl_numpy", "--peers"])
+    assert ended.value.code == 2
+    assert "nox -s bench -- --peers" in capsys.readouterr().err
+
+
 # --- ceilings and shares ---------------------------------------------------------------------
 
 

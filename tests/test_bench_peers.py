@@ -2,7 +2,7 @@
 
 Diffusers and NNX are held to spec/reference.py as the benchmark does it. Keras has the network, the
 lucidrains package has none of it: of those as much as there is. The latter's package stands in its
-own environment alone (requirements/peers-torch-cpu.txt).
+own environment alone (requirements/peers-lucidrains-cpu.txt).
 """
 
 import importlib.util
@@ -208,7 +208,9 @@ def test_what_cannot_be_opened_is_refused(name, changes, message):
 @pytest.fixture(scope="module")
 def lucidrains():
     if not importlib.util.find_spec("denoising_diffusion_pytorch"):
-        pytest.skip("denoising_diffusion_pytorch stands in the environment peers-torch-cpu alone")
+        pytest.skip(
+            "denoising_diffusion_pytorch stands in the environment peers-lucidrains-cpu alone"
+        )
     return peer("lucidrains")
 
 

@@ -16,6 +16,7 @@ from conformance.mutants.fit import (
     _normal_problem,
     _overlap,
     _rate_problem,
+    _sharing_problem,
     problem_of_fit,
     problem_of_seeds,
 )
@@ -50,6 +51,17 @@ def test_frequencies_that_are_wrong_are_told():
     assert "10 of the times was drawn 0.000" in _frequency_problem("times", t, 11)
     assert _rate_problem("a drop", t < 2, 0.2) is None
     assert "expected 0.800" in _rate_problem("a drop", t < 2, 0.8)
+
+
+def test_rows_that_share_a_draw_are_told():
+    generator = np.random.Generator(np.random.Philox(5))
+    t, drop = generator.integers(10, size=2000), generator.random(2000) < 0.25
+    assert _sharing_problem("time", t, 0.1) is None
+    assert _sharing_problem("mask", drop, 0.625) is None
+    assert "the same time for two rows of a batch was drawn 1.000 of the time" in (
+        _sharing_problem("time", t[:250].repeat(8), 0.1)
+    )
+    assert "expected 0.625" in _sharing_problem("mask", drop[:250].repeat(8), 0.625)
 
 
 def test_draws_that_go_together_are_told():

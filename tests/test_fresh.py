@@ -12,12 +12,13 @@ from typer.testing import CliRunner
 
 from conformance import oracle
 from conformance.__main__ import app
-from conformance.fresh import with_modes
+from conformance.fresh import page, with_modes
 from conformance.process import CannotStart, Impl, Setup
 from conformance.runner import Plan, Suite
 from spec.config import Config, config_from_dict, load_config
 from spec.goldens import GoldenError, Goldens
 
+ROOT = Path(__file__).resolve().parent.parent
 MINE = Config(
     name="mine",
     image_size=(1, 2),
@@ -255,6 +256,20 @@ def test_an_oracle_that_ends_is_told_with_its_last_words(tmp_path):
 FIRST = 174  # has one resnet a level, and the next number two: there FAULTY is wrong
 
 
+# Of an earlier run, in a file of results.
+COLUMN = {
+    "backend": "impl_numpy",
+    "dtype": "float64",
+    "mode": "eager",
+    "first": 0,
+    "configs": 9,
+    "passed": 8,
+    "cases": 99,
+    "worst": {"ratio": 0.5, "case": "L1/random-0/x"},
+    "failures": [{"number": 7, "case": "L2/random-7/y", "status": "failed", "ratio": 3.0}],
+}
+
+
 def fresh(*arguments):
     done = CliRunner().invoke(app, ["fresh", "--threads=1", *map(str, arguments)])
     assert done.exception is None or isinstance(done.exception, SystemExit), done.exception
@@ -307,8 +322,19 @@ def test_kept_goldens_are_used_again_and_a_right_backend_passes(random_place, mo
     monkeypatch.chdir(random_place)
     monkeypatch.setattr(oracle.Oracle, "ask", None)  # nothing is to be made
     numbers = (f"--first={FIRST}", "--count=2", "--dtype=float64", "--reports=again")
-    done = fresh("--impl=impl_numpy", *numbers, "--keep-goldens=kept")
+    (random_place / "results.json").write_text(
+        json.dumps({"columns": [COLUMN | {"dtype": "float32"}, COLUMN]})
+    )
+    more = ("--keep-goldens=kept", "--results=results.json", "--page=page.md")
+    done = fresh("--impl=impl_numpy", *numbers, *more)
     assert done.exit_code == 0, done.output
+    other, column = json.loads((random_place / "results.json").read_text("utf-8"))["columns"]
+    assert other == COLUMN | {"dtype": "float32"}
+    assert (column["first"], column["configs"], column["failures"]) == (FIRST, 2, [])
+    shown = (random_place / "page.md").read_text("utf-8")
+    assert f"| impl_numpy | float64 | eager | 2, from {FIRST} | 2 |" in shown
+    assert "| impl_numpy | float32 | eager | 9, from 0 | 8 | 99 | 0.5 | L1/random-0/x |" in shown
+    assert "- impl_numpy float32, config 7: L2/random-7/y failed, 3.0 of the limit" in shown
     assert "2 of 2 configs, all passed" in done.output
     assert "fresh: passed" in done.output
 
@@ -349,11 +375,14 @@ def test_goldens_that_cannot_be_made_fail_the_run_and_are_named(
         (["--count=0"], "--count 0 is outside 1..100000"),
         (["--first=-1"], "--first -1 is outside 0..2^32-1"),
         (["--mode=slow"], "--mode 'slow' is unknown"),
+        (["--page=page.md"], "--page shows what --results holds"),
+        (["--results=broken.json"], "--results broken.json is no file of results"),
         (["--oracle=nothing"], "interpreter nothing of the oracle cannot be run"),
     ],
 )
 def test_a_run_over_random_configs_that_cannot_be(options, words, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "broken.json").write_text("[]")
     done = fresh("--impl=impl_numpy", *options)
     assert done.exit_code == 2
     assert words in " ".join(done.output.split())
@@ -384,3 +413,9 @@ def test_the_mode_of_a_backend_goes_before_that_of_the_run():
     impls = [Impl("impl_tf", "python"), Impl("impl_jax", "python")]
     assert [impl.mode for impl in with_modes(impls, None)] == ["eager", None]
     assert [impl.mode for impl in with_modes(impls, "compiled")] == ["compiled"] * 2
+
+
+def test_the_page_of_random_configs_shows_what_was_measured():
+    held = json.loads((ROOT / "results" / "fresh.json").read_text("utf-8"))
+    assert (ROOT / "docs" / "fresh.md").read_text("utf-8") == page(held)
+    assert all(column["configs"] > 0 for column in held["columns"])

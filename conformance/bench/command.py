@@ -31,7 +31,7 @@ DEVICES = ("cpu", "cuda")
 # Other libraries, and the environment of each, which nox makes only where they are asked for.
 PEERS = {
     "conformance.bench.peers.diffusers": "peers-torch",
-    "conformance.bench.peers.lucidrains": "peers-torch",
+    "conformance.bench.peers.lucidrains": "peers-lucidrains",
     "conformance.bench.peers.keras": "peers-tf",
     "conformance.bench.peers.nnx": "peers-jax",
 }
@@ -302,16 +302,31 @@ def measured(
 def allowed(chosen: argparse.Namespace, entry: dict[str, Any]) -> tuple[str, ...]:
     """What may become of a run: of those not asked for by name, that they are not there."""
     if entry["peer"]:
-        return ("ok", "not implemented")
+        named = entry["backend"] in peers_by_name(chosen)
+        return ("ok", "not implemented") if named else ("ok", "not implemented", "cannot start")
     return ("ok",) if chosen.impl else ("ok", "cannot start")
+
+
+def peers_by_name(chosen: argparse.Namespace) -> set[str]:
+    """The modules of the peers that --peer named, which --peers alone does not."""
+    named = argparse.Namespace(**{**vars(chosen), "peers": False})
+    return {impl.name for impl in chosen_peers(named)}
 
 
 def refuse_lacking(
     chosen: argparse.Namespace, contenders: list[Contender], lacking: list[tuple[Contender, str]]
 ) -> None:
     """Raise CannotStart where nothing can be timed, or what was named cannot be."""
-    named = [why for contender, why in lacking if chosen.impl or contender.peer]
-    if any(contender.peer for contender, _ in lacking):
+    by_name = peers_by_name(chosen)
+    peers = [why for contender, why in lacking if contender.peer]
+    named = [
+        why
+        for contender, why in lacking
+        if (contender.impl.name in by_name if contender.peer else chosen.impl)
+    ]
+    if chosen.peers and not any(contender.peer for contender in contenders):
+        named = [*dict.fromkeys([*named, *peers])]  # none of what was asked for
+    if any(why in named for why in peers):
         named.append("`nox -s bench -- --peers` makes the environments of the other libraries")
     if named or not contenders:
         raise CannotStart("\n".join(named or [why for _, why in lacking]), usage=True)

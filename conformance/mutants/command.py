@@ -1,6 +1,7 @@
 """The command: `python -m conformance mutants [--impl numpy] [--name GLOB] [--auto]`."""
 
 import fnmatch
+import itertools
 import json
 import subprocess
 import tempfile
@@ -23,6 +24,7 @@ from spec.goldens import GOLDENS, GoldenError
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 CURATED, AUTOMATIC, PAGE = "mutants.json", "mutants-auto.json", "mutants.md"
+SHARED, MOST = 20, 40  # faults: a job of so many is shared; one has no more, as it is kept whole
 Job = dict[str, Any]  # see worker.replies
 
 
@@ -52,14 +54,19 @@ def is_wrong(row: report.Row, own_column: bool = True) -> bool:
 
 
 def jobs_of(mutants: list[Mutant], dtype: str | None, parts: int) -> list[Job]:
-    """A job for each implementation and column; parts of the slow ones, so that cores share."""
+    """Jobs for each implementation and column; parts of the large ones, so that cores share."""
     names: dict[tuple[str, str], list[str]] = {}
     for mutant in mutants:
         names.setdefault((mutant.impl, dtype or mutant.dtype), []).append(mutant.name)
     made = []
     for (impl, column), chosen in names.items():
-        count = parts if len(chosen) >= 20 else 1  # each has a run without a fault to do first
-        made += [dict(impl=impl, dtype=column, names=chosen[i::count]) for i in range(count)]
+        # each has a run without a fault to do at its end, of the cases that caught its own
+        count = max(parts if len(chosen) >= SHARED else 1, -(-len(chosen) // MOST))
+        bounds = [len(chosen) * i // count for i in range(count + 1)]
+        made += [
+            dict(impl=impl, dtype=column, names=chosen[first:last])
+            for first, last in itertools.pairwise(bounds)
+        ]
     return sorted(made, key=lambda job: job["impl"] not in ("jax", "tf"))  # the longest first
 
 
@@ -172,6 +179,9 @@ def mutants(
             "are, and write the page from all that it holds."
         ),
     ] = None,
+    untried: Annotated[
+        bool, typer.Option("--untried", help="With --rows: a page that names what lacks a row.")
+    ] = False,
 ) -> None:
     """Put each fault into a copy of an implementation, and see that the suite catches it there.
 
@@ -182,6 +192,10 @@ def mutants(
         at_a_time = check_jobs(jobs)
         if rows and (dtype or every != 1):
             raise UsageError("--rows keeps what the page tells; leave out --dtype and --every")
+        if untried and not (rows and page):
+            raise UsageError(
+                "--untried is about the page of a file of rows; give --rows and --page"
+            )
         store = keeping.Rows(rows) if rows else None
         if automatic:
             if name or dtype:
@@ -218,15 +232,22 @@ def mutants(
     write_json(reports / (AUTOMATIC if automatic else CURATED), {"mutants": keeping.plain(found)})
     failed = _tell_auto(watch, found) if automatic else _tell(watch, out, found, dtype is None)
     both = [kept(reports / CURATED), kept(reports / AUTOMATIC)]
+    lacking: list[Mutant] = []
+    earlier = ""
     try:
-        if store and page:
+        if store and page and untried:
+            tried, lacking = store.tried()
+            fresh = all(store.fresh_auto(i) for i in auto.IMPLS)
+            both = [tried, store.automatic_rows() if fresh else []]
+            earlier = report.section_of(page)
+        elif store and page:
             both = [store.curated_rows(), store.automatic_rows()]
     except keeping.StaleError as error:
         Watch(console(stderr=True)).say(f"error: {error}")
         raise typer.Exit(1) from error
     paths = [path for path in (reports / PAGE, page) if path]
     for path in paths:
-        write(path, report.page(*both).encode())
+        write(path, report.page(both[0], both[1], lacking, earlier).encode())
     watch.say(f"reports: {', '.join(map(str, paths))}")
     raise typer.Exit(1 if failed else 0)
 

@@ -133,10 +133,14 @@ def _native_problem(package: ModuleType) -> str | None:
     rows = np.rint(x0.reshape(len(x0), -1)[:, 0] * IMAGES).astype(int)
     if (given != labels[rows]).any():
         return "fit gives images the labels of other images"
+    rate = config.label_dropout
     return (
-        _frequency_problem("images", rows, IMAGES)
+        _sharing_problem("image", rows, 1 / IMAGES)
+        or _sharing_problem("time", t, 1 / config.timesteps)
+        or _sharing_problem("choice to drop the label", drop, rate**2 + (1 - rate) ** 2)
+        or _frequency_problem("images", rows, IMAGES)
         or _frequency_problem("times", t, config.timesteps)
-        or _rate_problem("a dropped label", drop, config.label_dropout)
+        or _rate_problem("a dropped label", drop, rate)
         or _joint_problem("images and times", rows, t)
         or _joint_problem("images and dropped labels", rows, drop)
         or _joint_problem("times and dropped labels", t, drop)
@@ -169,6 +173,12 @@ def _rate_problem(what: str, hits: np.ndarray, rate: float) -> str | None:
     if not abs(hits.mean() - rate) <= allowed:
         return f"{what} was drawn {hits.mean():.3f} of the time; expected {rate:.3f}"
     return None
+
+
+def _sharing_problem(what: str, values: np.ndarray, rate: float) -> str | None:
+    """That two rows of a batch are the same no more often than two draws; values [STEPS * B]."""
+    one, other = np.split(values.reshape(STEPS, -1), 2, axis=1)  # pairs, so that none shares a row
+    return _rate_problem(f"the same {what} for two rows of a batch", (one == other).ravel(), rate)
 
 
 def _joint_problem(what: str, one: np.ndarray, other: np.ndarray) -> str | None:

@@ -3,6 +3,7 @@
 import math
 import statistics
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from rich.markup import escape
@@ -10,11 +11,14 @@ from rich.table import Table
 from rich.text import Text
 
 from conformance.coach import titles
+from conformance.mutants.engine import Mutant
 
 Row = dict[str, Any]  # see worker.row
 ORDER = ("numpy", "torch", "tf", "jax")
 HEADINGS = {"numpy": "NumPy", "torch": "PyTorch", "tf": "TensorFlow", "jax": "JAX"}
 SMALLEST = 10
+CHOSEN_BY_NOBODY = "## Faults that nobody chose"
+EARLIER = "Found on an earlier state of these files, and not tried again since."
 
 
 def impls_of(rows: Sequence[Row]) -> list[str]:
@@ -103,8 +107,23 @@ def narrowest(rows: Sequence[Row]) -> list[Row]:
     return sorted((row for row in rows if row["killed"]), key=lambda row: row["margin"])[:SMALLEST]
 
 
-def page(curated: Sequence[Row], automatic: Sequence[Row]) -> str:
-    """The page in Markdown: figures, the kill matrix, the smallest margins, the survivors."""
+def section_of(path: Path) -> str:
+    """The section of automatic faults of a page that was written before; empty where none is."""
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
+    return text[text.index(CHOSEN_BY_NOBODY) :] if CHOSEN_BY_NOBODY in text else ""
+
+
+def page(
+    curated: Sequence[Row],
+    automatic: Sequence[Row],
+    untried: Sequence[Mutant] = (),
+    earlier: str = "",
+) -> str:
+    """The page in Markdown: figures, the kill matrix, the smallest margins, the survivors.
+
+    untried: faults that have no verdict yet. earlier: `section_of` a page before, where the
+    automatic faults were not tried on the files as they are.
+    """
     lines = [
         "# Mutants: does the suite notice a fault?",
         "",
@@ -115,8 +134,14 @@ def page(curated: Sequence[Row], automatic: Sequence[Row]) -> str:
     ]
     if curated:
         lines += _curated(curated)
+    if untried:
+        lines += _untried(untried)
     if automatic:
         lines += _automatic(automatic)
+    elif earlier:
+        heading, _, rest = earlier.removesuffix("\n").partition("\n")
+        rest = rest.removeprefix(f"\n{EARLIER}\n")
+        lines += ["", heading, "", EARLIER, rest]
     return "\n".join(lines) + "\n"
 
 
@@ -189,6 +214,24 @@ def _curated(rows: Sequence[Row]) -> list[str]:
     return lines
 
 
+def _untried(mutants: Sequence[Mutant]) -> list[str]:
+    impls = sorted({mutant.impl for mutant in mutants}, key=ORDER.index)
+    counts = ", ".join(f"{sum(m.impl == i for m in mutants)} of {HEADINGS[i]}" for i in impls)
+    lines = [
+        "",
+        "### Not tried yet",
+        "",
+        f"These have no verdict on the files as they are ({counts}).",
+        "",
+    ]
+    of = {m.name: [o.impl for o in mutants if o.name == m.name] for m in mutants}
+    first = {m.name: m for m in reversed(mutants)}
+    for name in of:
+        where = ", ".join(HEADINGS[impl] for impl in of[name])
+        lines.append(f"- `{name}`: {_text(first[name].fault)} ({first[name].clause}; {where})")
+    return lines
+
+
 def _cell(row: Row | None) -> str:
     if row is None:
         return ""
@@ -204,7 +247,7 @@ def _automatic(rows: Sequence[Row]) -> list[str]:
     impls = impls_of(rows)
     lines = [
         "",
-        "## Faults that nobody chose",
+        CHOSEN_BY_NOBODY,
         "",
         "Every arithmetic operator, comparison, condition, number and index of `schedule.py`, "
         "`diffusion.py`, `unet.py` and `train.py` is changed, one at a time. The cases run from "

@@ -71,26 +71,34 @@ def stamps_of(job: dict[str, Any]) -> dict[str, str]:
     return {m.name: stamp_of(m) for m in load_mutants(job["impl"]) if m.name in names}
 
 
+def _place(row: Row) -> tuple:
+    """What tells an automatic fault of an implementation from the others."""
+    return tuple(row[key] for key in ("file", "line", "function", "kind", "old", "new"))
+
+
 class Rows:
     """The rows of a file. Raises UsageError where it holds something else."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._expected: dict[str, dict[str, str]] = {}  # what a job's rows are to be found on
+        self._read()
+
+    def _read(self) -> None:
         self.curated: dict[tuple[str, str], Row] = {}  # by implementation and name
         self.automatic: dict[str, list[Row]] = {}  # by implementation
-        self._expected: dict[str, dict[str, str]] = {}  # what a job's rows are to be found on
-        if not path.exists():
+        if not self.path.exists():
             return
         try:
-            found = json.loads(path.read_text(encoding="utf-8"))
+            found = json.loads(self.path.read_text(encoding="utf-8"))
             for row in revived(found["curated"]):
                 self.curated[row["impl"], row["name"]] = row
             for row in found["automatic"]:
                 self.automatic.setdefault(row["impl"], []).append(row)
         except (ValueError, KeyError, TypeError) as error:
             raise UsageError(
-                f"--rows {path} holds no rows of mutants ({type(error).__name__}: {error}); name "
-                "a file that a run wrote with --rows, or a new one"
+                f"--rows {self.path} holds no rows of mutants ({type(error).__name__}: {error}); "
+                "name a file that a run wrote with --rows, or a new one"
             ) from error
 
     def fresh(self, mutant: Mutant) -> bool:
@@ -113,8 +121,6 @@ class Rows:
         """Remember what the rows of these jobs are going to be found on."""
         for job in jobs:
             self._expected[json.dumps(job)] = stamps_of(job)
-            if "auto" in job:
-                self.automatic.pop(job["impl"], None)
 
     def keep(self, job: dict[str, Any], rows: Sequence[Row]) -> None:
         """Put the rows of a job in the place of older ones, and write the file.
@@ -127,9 +133,12 @@ class Rows:
                 f"{len(rows)} rows of {job['impl']} are not kept: the implementation, its faults "
                 "or the goldens changed as they ran; run again, and leave the files alone meanwhile"
             )
+        self._read()  # another run may have written it since
         if "auto" in job:
-            found = [{**row, "of": stamps[""]} for row in rows]
-            self.automatic.setdefault(job["impl"], []).extend(found)
+            made = {_place(row): {**row, "of": stamps[""]} for row in rows}
+            old = self.automatic.get(job["impl"], [])
+            others = [r for r in old if r.get("of") == stamps[""] and _place(r) not in made]
+            self.automatic[job["impl"]] = [*others, *made.values()]
         else:
             for row in rows:
                 self.curated[row["impl"], row["name"]] = {**row, "of": stamps[row["name"]]}
@@ -168,6 +177,12 @@ class Rows:
         if lacking:
             self._refuse(f"automatic faults of {', '.join(lacking)}", ["auto", *lacking])
         return [row for impl in auto.IMPLS for row in self.automatic[impl]]
+
+    def tried(self) -> tuple[list[Row], list[Mutant]]:
+        """The fresh rows of faults, as reports order them, and the faults that have none."""
+        every = [m for impl in sorted(IMPLS, key=ORDER.index) for m in load_mutants(impl)]
+        rows = [self.curated[m.impl, m.name] for m in every if self.fresh(m)]
+        return rows, [mutant for mutant in every if not self.fresh(mutant)]
 
     def _refuse(self, what: str, impls: list[str]) -> None:
         options = " ".join("--auto" if impl == "auto" else f"--impl {impl}" for impl in impls)
