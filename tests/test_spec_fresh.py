@@ -13,6 +13,7 @@ from spec.cases import Inputs, golden_params
 from spec.config import Config, ConfigError
 from spec.fresh import check_config, fresh_cases, random_config, toml_text
 from spec.goldens import Goldens
+from spec.tolerance import tolerance
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -118,6 +119,36 @@ def test_fresh_goldens_are_complete_and_a_right_backend_passes(folder):
     assert [r.case.id for r in results if not r.ok] == []
     reasons = {o.tolerance["float32"]["reason"] for c in goldens.cases for o in c.outputs}
     assert any(reason.startswith("16 x floor, 8 seeds") for reason in reasons)
+
+
+def test_a_change_is_held_to_what_float64_gives_of_a_step(folder):
+    (case,) = [case for case in Goldens(folder).cases if case.id == "L5/small/train_steps"]
+    limits = {output.name: output.tolerance["float64"] for output in case.outputs}
+    changes = {name: limit for name, limit in limits.items() if "/delta/" in name}
+    assert changes
+    for limit in changes.values():
+        assert limit["l2"] >= 1e-10
+        assert limit["max"] >= 1e-9
+        assert (limit["l2"] > 1e-10 or limit["max"] > 1e-9) == ("16 x floor" in limit["reason"])
+    assert sum("16 x floor" in limit["reason"] for limit in changes.values()) < len(changes) / 4
+
+
+def test_a_gradient_near_adams_epsilon_widens_its_own_limit_alone():
+    cases = fresh_cases(Inputs(1), SMALL, brief=True)
+    (case,) = [case for case in cases if case.call == "train_steps"]
+    steep, flat = "1/delta/conv_in.weight", "1/delta/conv_out.weight"
+    case.floors = {
+        "float64": {steep: {"l2": 1e-10, "max": 2e-9}, flat: {"l2": 1e-14, "max": 4e-11}}
+    }
+    case.columns = ()
+    assert tolerance(case, flat, {})["float64"] == {
+        "l2": 1e-10,
+        "max": 1e-9,
+        "reason": "float64, of an Adam step",
+    }
+    limit = tolerance(case, steep, {})["float64"]
+    assert (limit["l2"], limit["max"]) == (1.6e-9, 3.2e-8)
+    assert "16 x floor, 8 seeds: l2 1e-10, max 2e-09" in limit["reason"]
 
 
 class Faulty:
