@@ -292,9 +292,11 @@ def test_figures_count_what_was_asked():
 
 def test_the_page_marks_a_survivor():
     lost = a_row(impl="torch", killed=False, clause="", margin=None, problem="survived")
-    text = report.page([a_row(), lost], [])
+    waiting = a_row(name="waits", killed=False, margin=None, pending="no golden asks for it")
+    text = report.page([a_row(), lost, waiting], [])
+    assert "### Not caught yet\n\n- numpy: waits: no golden asks for it\n" in text
     assert "| `made-up`: It is made up. | 1.2e4 |  ! |" in text
-    assert "| killed | 1 of 1 (100.0 %) | 0 of 1 (0.0 %) | 1 of 2 (50.0 %) |" in text
+    assert "| killed | 1 of 2 (50.0 %) | 0 of 1 (0.0 %) | 1 of 3 (33.3 %) |" in text
 
 
 @pytest.fixture

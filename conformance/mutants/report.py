@@ -186,7 +186,10 @@ def _curated(rows: Sequence[Row]) -> list[str]:
     for row in narrowest(rows):
         name = f"{row['impl']}: {row['name']}"
         lines.append(f"| {name} | {row['case']} | {row['dtype']} | {margin(row['margin'])} |")
-    unnamed = [row for row in rows if row["cause_named"] is False]
+    if pending := [row for row in rows if row["pending"]]:
+        lines += ["", "### Not caught yet", ""]
+        lines += [f"- {r['impl']}: {r['name']}: {_text(r['pending'])}" for r in pending]
+    unnamed = [r for r in rows if r["cause_named"] is False and not r["pending"]]
     if unnamed:
         lines += ["", "### Where the right cause was not among those named", ""]
         lines += [f"- {r['impl']}: {r['name']}, by {r['case']}" for r in unnamed]
