@@ -20,15 +20,12 @@ from spec.config import Config
 from spec.goldens import Case
 
 ROOT = Path(__file__).resolve().parent.parent
-BLAS_VARIABLES = (
+THREAD_VARIABLES = (
     "OMP_NUM_THREADS",
     "OPENBLAS_NUM_THREADS",
     "MKL_NUM_THREADS",
     "BLIS_NUM_THREADS",
     "VECLIB_MAXIMUM_THREADS",
-)
-THREAD_VARIABLES = (
-    *BLAS_VARIABLES,
     "NUMEXPR_NUM_THREADS",
     "TF_NUM_INTRAOP_THREADS",
     "TF_NUM_INTEROP_THREADS",
@@ -38,9 +35,6 @@ THREAD_VARIABLES = (
 MODE_ENVIRONMENT: dict[tuple[str, str], dict[str, str]] = {
     # XLA makes one device of the host unless it is told otherwise.
     ("impl_jax", "parallel"): {"XLA_FLAGS": "--xla_force_host_platform_device_count={threads}"},
-    # Its threads are Python's, each over a slice of the batch: BLAS with threads of its own, in
-    # each of them, would ask for threads times threads.
-    ("impl_numpy", "parallel"): dict.fromkeys(BLAS_VARIABLES, "1"),
 }
 START_LIMIT = 300.0  # seconds to start an interpreter and import a framework
 GRACE = 5.0  # seconds after a time limit, in which the worker ends itself and tells where it was
