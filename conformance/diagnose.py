@@ -55,7 +55,8 @@ BY_NAME = (
     ("apply_small", ("warm-up", "EMA before the update")),
     ("apply_late", ("step counted from 0", "not carried over")),
     ("apply_sequence", ("not carried over", "frozen")),
-    ("guided_0", ("a scale of 0", "a guidance scale of 0")),
+    ("guided_0", ("a scale of 0",)),
+    ("ddim_eta", ("eta or sigma", "frozen")),
 )
 # The same by the first table that is wrong.
 BY_TABLE = {

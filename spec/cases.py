@@ -478,6 +478,8 @@ def _trajectory_cases(inputs: Inputs, params: dict[str, str]) -> list[Case]:
     return [
         case("ddpm", "tiny_uncond", 24, 11, method="ddpm"),
         case("ddim", "tiny", 7, 12, **ddim, eta=0.0),  # 1000 / 7 is not whole
+        # Differs in eta alone from the one above: a compiled sampler must not keep its first.
+        case("ddim_eta", "tiny", 7, 30, **ddim, eta=0.7),
         # Of 4000 times in 3 steps, float32 coefficients take the root of less than 0.
         case("ddim_eta1", "tiny_v", 3, 15, **ddim, eta=1.0),
         case("ddim_every_t", "tiny_x0", 20, 17, **ddim, eta=0.0),
@@ -492,7 +494,7 @@ def _trajectory_cases(inputs: Inputs, params: dict[str, str]) -> list[Case]:
         case("dpmpp_unclipped", "tiny", 10, 27, {"clip": False, "timesteps": 10}, **dpmpp),
         case("dpmpp_clipped", "tiny_v", 4, 28, {"clip": True}, **dpmpp),
         case("ddim_guided", "tiny", 7, 13, **ddim, eta=0.0, guidance_scale=1.5),
-        case("ddim_guided_0", "tiny", 5, 20, **ddim, eta=0.0, guidance_scale=0.0),
+        case("ddim_guided_0", "tiny", 7, 20, **ddim, eta=0.0, guidance_scale=0.0),  # another scale alone
         case("ddim_guided_eta", "tiny", 7, 14, **ddim, eta=0.7, guidance_scale=3.0),
         case("ddpm_guided", "tiny_x0", 20, 16, method="ddpm", guidance_scale=1.5),
         case("dpmpp_guided", "tiny", 7, 29, **dpmpp, guidance_scale=1.5),

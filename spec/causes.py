@@ -159,6 +159,7 @@ BLOCKS: dict[str, tuple[str, ...]] = {
     ),
 }
 REUSED = "a reused random key, or noise not advanced from step to step"
+FROZEN = "a Python scalar, eta or the guidance scale, frozen when the sampler was traced"
 DDPM = (
     "noise added at t=0",
     "variance small and large swapped",
@@ -170,6 +171,7 @@ DDIM = (
     "eta or sigma wrong: see the ddim_step cases",
     "step coefficients computed in float32 (NaN where alphas_cumprod almost vanishes)",
     REUSED,
+    FROZEN,
 )
 DPMPP = (
     "r inverted, or the half left out of 1/(2r)",
@@ -184,8 +186,7 @@ GUIDED = (
     "a scale of 0 taken for no guidance: it asks for the null label's output",
     "null class is 0 or K-1 instead of K",
     "null and label swapped in the doubled batch",
-    "a guidance scale of 0 taken for no guidance",
-    "a Python scalar, the guidance scale, frozen when the sampler was traced",
+    FROZEN,
 )
 
 
@@ -196,7 +197,8 @@ def causes_of(call: str, options: dict, config: Config) -> tuple[str, ...]:
         return BLOCKS.get(kind, BLOCKS["conv"])
     if call == "sample":
         guided = GUIDED if options.get("guidance_scale") is not None else ()
-        return (*{"ddpm": DDPM, "ddim": DDIM, "dpmpp": DPMPP}[options["method"]], *guided)
+        methods = {"ddpm": DDPM, "ddim": DDIM, "dpmpp": DPMPP}
+        return tuple(dict.fromkeys((*methods[options["method"]], *guided)))  # each cause once
     if call == "schedule":
         kept = (2, 0, 3, 4, 5) if config.schedule == "cosine" else (0, 1, 3, 4, 5)
         return tuple(SCHEDULE[i] for i in kept)
