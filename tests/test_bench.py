@@ -824,6 +824,18 @@ def test_tables_are_shown_with_and_without_rich(monkeypatch, with_rich):
     assert ("┃" in text) == with_rich
 
 
+def test_a_reader_that_has_seen_enough_is_no_failure():
+    file = HERE.parent / "results" / "bench-epyc-2.json"
+    shown = [sys.executable, "-m", "conformance.bench", "show", str(file)]
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "wb") as closed:
+        done = subprocess.run(
+            shown, cwd=HERE.parent, stdout=closed, stderr=subprocess.PIPE, timeout=60
+        )
+    assert (done.returncode, done.stderr) == (1, b"")
+
+
 @pytest.mark.parametrize(
     ("value", "text"),
     [(None, "-"), (1.5, "1.5 s"), (0.0123, "12.3 ms"), (0.123, "123 ms"), (4.56e-6, "4.56 us")],
