@@ -34,7 +34,7 @@ def open(config: Config, params=None, *, seed=0, dtype="float32", device="auto",
         check_open(config, params, dtype, device, mode, dtypes),
         nearest_mode(mode, modes),
     )
-    keep_freed_memory()
+    keep_freed_memory(heaps=1)  # a device makes the arrays of a step in one block
     if dtype == "float64":
         jax.config.update("jax_enable_x64", True)
     # float32 means float32: products would use TF32 on a GPU by default

@@ -29,7 +29,7 @@ MODES = (
     "max-autotune",  # torch.compile, which tries several kernels
     "xla",  # tf.function through XLA
 )
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's mallopt
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8  # of glibc's mallopt
 METHODS = ("ddpm", "ddim", "dpmpp")
 Params = dict[str, np.ndarray]
 State = dict[str, Any]  # {"step": int, "params": Params, "m": Params, "v": Params, "ema": Params}
@@ -235,17 +235,24 @@ def nearest_mode(mode: str, modes: tuple[str, ...]) -> str:
     return modes[0]
 
 
-def keep_freed_memory() -> None:
+def keep_freed_memory(heaps: int | None = None) -> None:
     """Let this process keep the memory that it frees, for its next arrays.
 
     A step makes and frees hundreds of large arrays. The C library gives each back to the system,
     whose fresh pages cost more than much of the arithmetic. Where it has no such setting (it is
     glibc's), nothing is changed.
+
+    heaps: how many there are for all threads that begin from here on. None: one for each, so that
+    what a thread frees is still in the cache of its core when it takes it again. But such a heap
+    goes back to the system when it is empty, and no array above 64 MiB fits one; a step that takes
+    its memory in one block needs heaps=1.
     """
     with contextlib.suppress(OSError, AttributeError, TypeError):
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(M_MMAP_THRESHOLD, 1 << 30)  # bytes: arrays below are not mapped one by one
         mallopt(M_TRIM_THRESHOLD, (1 << 31) - 1)  # bytes: free ones at the top stay
+        if heaps:
+            mallopt(M_ARENA_MAX, heaps)
 
 
 def check_open(

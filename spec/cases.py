@@ -494,7 +494,8 @@ def _trajectory_cases(inputs: Inputs, params: dict[str, str]) -> list[Case]:
         case("dpmpp_unclipped", "tiny", 10, 27, {"clip": False, "timesteps": 10}, **dpmpp),
         case("dpmpp_clipped", "tiny_v", 4, 28, {"clip": True}, **dpmpp),
         case("ddim_guided", "tiny", 7, 13, **ddim, eta=0.0, guidance_scale=1.5),
-        case("ddim_guided_0", "tiny", 7, 20, **ddim, eta=0.0, guidance_scale=0.0),  # another scale alone
+        # Differs from the one above in the scale alone.
+        case("ddim_guided_0", "tiny", 7, 20, **ddim, eta=0.0, guidance_scale=0.0),
         case("ddim_guided_eta", "tiny", 7, 14, **ddim, eta=0.7, guidance_scale=3.0),
         case("ddpm_guided", "tiny_x0", 20, 16, method="ddpm", guidance_scale=1.5),
         case("dpmpp_guided", "tiny", 7, 29, **dpmpp, guidance_scale=1.5),
