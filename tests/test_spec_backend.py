@@ -302,3 +302,27 @@ def test_freed_memory_is_kept():
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
     )
     assert int(done.stdout) < 2**25 // 4096  # fewer new pages than one of the twenty arrays has
+
+
+def test_freed_memory_of_threads_is_kept_in_one_heap():
+    """As above, in threads, whose own heaps would go back to the system when all arrays are free."""
+    if platform.libc_ver()[0] != "glibc":
+        pytest.skip("the setting is glibc's")
+    code = (
+        "import numpy as np, resource, threading\n"
+        "from spec.backend import keep_freed_memory\n"
+        "keep_freed_memory(heaps=1)\n"
+        "faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
+        "def work(): [np.ones(2**21) for _ in range(8)]\n"
+        "def work_in_thread():\n"
+        "    thread = threading.Thread(target=lambda: [work() for _ in range(5)])\n"
+        "    thread.start(), thread.join()\n"
+        "work_in_thread()\n"
+        "before = faults()\n"
+        "work_in_thread()\n"
+        "print(faults() - before)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert int(done.stdout) < 2**24 // 4096 // 2  # fewer new pages than half an array has
