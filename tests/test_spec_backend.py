@@ -305,7 +305,7 @@ def test_freed_memory_is_kept():
 
 
 def test_freed_memory_of_threads_is_kept_in_one_heap():
-    """As above, in threads, whose own heaps would go back to the system when all arrays are free."""
+    """As above, in threads, whose own heaps would go back to the system when they are empty."""
     if platform.libc_ver()[0] != "glibc":
         pytest.skip("the setting is glibc's")
     code = (
