@@ -8,7 +8,7 @@ from pathlib import Path
 
 CORE = ("schedule.py", "diffusion.py", "unet.py", "train.py")
 ADDED = ("layers.py", "params.py", "parallel.py")
-MAY_LACK = ("parallel.py",)
+MAY_LACK = ("parallel.py",)  # what only speed needs
 BUDGETS = {"core": 300, "layers.py": 60, "params.py": 60, "parallel.py": 40}
 NUMPY_BUDGETS = {**BUDGETS, "core": 360, "layers.py": 150}
 SILENT = (

@@ -1,9 +1,12 @@
 """The protocol of spec/backend.py for PyTorch; images are permuted, blocks reached here."""
 
+import functools
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import torch
 
-from impl_torch import diffusion, train, unet
+from impl_torch import diffusion, parallel, train, unet
 from impl_torch.params import from_tree, load_params, read_params, to_tree
 from impl_torch.schedule import make_schedule
 from spec.backend import ARRAY_DTYPES, Checked, check_open, keep_freed_memory, nearest_mode
@@ -13,12 +16,13 @@ from spec.params import find_block, initial_params
 
 name = "torch"
 dtypes = ("float64", "float32", "tf32", "bf16")
-modes = ("eager", "compiled", "contiguous", "reduce-overhead", "max-autotune")
+modes = ("eager", "compiled", "parallel", "contiguous", "reduce-overhead", "max-autotune")
 
 
 def open(config: Config, params=None, *, seed=0, dtype="float32", device="auto", mode="compiled"):
     """A Model with these parameters, or those that the seed gives.
 
+    parallel: eager, a slice of the batch for each thread; on a GPU the whole batch.
     contiguous: eager, with images in memory as [B, C, H, W]; else they lie as [B, H, W, C].
     compiled, reduce-overhead, max-autotune: torch.compile, in its mode of that name.
     """
@@ -54,7 +58,14 @@ class TorchModel:
         if precision == "bf16":
             model.forward = self._in_precision(model.forward)
         self._state = train.init_state(model)
-        if mode not in ("eager", "contiguous"):
+        self._loss_and_grads, self._train_step = train.loss_and_grads, train.train_step
+        if mode == "parallel":
+            count = torch.get_num_threads() if device.type == "cpu" else 1
+            one_each = {"initializer": torch.set_num_threads, "initargs": (1,)}
+            workers = parallel.Workers(ThreadPoolExecutor(count, **one_each), count)
+            self._loss_and_grads = functools.partial(parallel.loss_and_grads, workers)
+            self._train_step = functools.partial(parallel.train_step, workers)
+        elif mode not in ("eager", "contiguous"):
             model.compile(mode=None if mode == "compiled" else mode)
 
     @property
@@ -149,7 +160,7 @@ class TorchModel:
 
     def loss_and_grads(self, x0, t, noise, labels=None, drop=None):
         inputs = self._natives(x0, t, noise, labels, drop)
-        loss, grads = train.loss_and_grads(self._model, self.tables, self.config, *inputs)
+        loss, grads = self._loss_and_grads(self._model, self.tables, self.config, *inputs)
         return float(loss), from_tree(grads)
 
     def apply_gradients(self, grads):
@@ -157,7 +168,7 @@ class TorchModel:
 
     def train_step(self, x0, t, noise, labels=None, drop=None):
         inputs = self._natives(x0, t, noise, labels, drop)
-        return float(train.train_step(self._state, self.tables, self.config, *inputs))
+        return float(self._train_step(self._state, self.tables, self.config, *inputs))
 
     def fit(self, images, labels, steps, shared_noise=False):
         """Train for `steps` steps on images [N, H, W, C] and labels [N]; yields each step's loss.
@@ -178,7 +189,7 @@ class TorchModel:
 
         images, labels = self._natives(images, labels)
         images = images.to(self.dtype)
-        run = (self._state, self.tables, self.config, images, labels, draws(), train.train_step)
+        run = (self._state, self.tables, self.config, images, labels, draws(), self._train_step)
         for loss in train.train(*run):
             yield float(loss)
 

@@ -625,9 +625,9 @@ def test_which_modes_are_timed():
     assert rounds.choose_modes("impl_jax", jax, ["all"], "cpu") == ["compiled", "parallel"]
     assert rounds.choose_modes("impl_jax", jax, ["all", "eager"], "cpu") == list(jax)
     assert rounds.choose_modes("impl_numpy", ("eager",), [], "cpu") == ["eager"]
-    assert rounds.choose_modes("impl_torch", ("eager", "compiled"), ["compiled"], "cpu") == [
-        "compiled"
-    ]
+    torch = ("eager", "compiled", "parallel")
+    assert rounds.choose_modes("impl_torch", torch, ["compiled"], "cpu") == ["compiled"]
+    assert rounds.choose_modes("impl_torch", torch, [], "cuda") == ["eager"]
     assert rounds.choose_modes("impl_tf", ("compiled", "eager"), ["xla"], "cpu") == []
 
 

@@ -32,6 +32,7 @@ TRAINING = ("L4/tiny/*", "L4/tiny_uncond/*", "L5/tiny/*", "L7/*")
         ("impl_tf", "bf16", NETWORK, None),
         ("impl_jax", "bf16", NETWORK, None),
         ("impl_numpy", "float64", TRAINING, "parallel"),
+        ("impl_torch", "float64", TRAINING, "parallel"),
         ("impl_tf", "float64", STEP, "parallel"),
         ("impl_jax", "float64", STEP, "parallel"),
         ("impl_torch", "float64", TRAINING, "contiguous"),

@@ -28,7 +28,7 @@ for rows in map(int, sys.argv[2:]):
         "labels": draw.integers(config.num_classes, size=rows),
         "drop": draw.random(rows) < 0.5,
     }
-    for mode in ("parallel", "compiled"):
+    for mode in ("parallel", "eager" if sys.argv[1] == "impl_torch" else "compiled"):
         model = backend.open(config, dtype="float64", device="cpu", mode=mode)
         loss, grads = model.loss_and_grads(**batch)
         losses = [model.train_step(**batch) for _ in range(2)]
@@ -58,17 +58,22 @@ print(json.dumps(found))
 SHARING = sorted(path.parent.name for path in ROOT.glob("impl_*/parallel.py"))
 
 
-def test_three_share_out_a_batch():
-    assert SHARING == ["impl_jax", "impl_numpy", "impl_tf"]
+def test_all_four_share_out_a_batch():
+    assert SHARING == ["impl_jax", "impl_numpy", "impl_tf", "impl_torch"]
 
 
 # of 5 and 1, where the slices are unequal and where one thread has nothing, compilers take long
 @pytest.mark.parametrize(
     ("implementation", "rows"),
-    [("impl_numpy", ["4", "5", "1"]), ("impl_tf", ["4"]), ("impl_jax", ["4"])],
+    [
+        ("impl_numpy", ["4", "5", "1"]),
+        ("impl_torch", ["4", "5", "1"]),
+        ("impl_tf", ["4"]),
+        ("impl_jax", ["4"]),
+    ],
 )
 def test_slices_give_what_the_whole_batch_gives(implementation, rows):
-    pytest.importorskip({"impl_tf": "tensorflow", "impl_jax": "jax"}.get(implementation, "numpy"))
+    pytest.importorskip({"impl_tf": "tensorflow"}.get(implementation, implementation[5:]))
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM, implementation, *rows],
         cwd=ROOT,

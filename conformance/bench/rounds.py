@@ -29,6 +29,7 @@ PREFERRED = {
     "impl_jax": ("parallel", "compiled"),
     "impl_tf": ("parallel", "compiled"),
     "impl_numpy": ("parallel", "eager"),
+    "impl_torch": ("parallel", "eager"),
 }
 SLOW = {("impl_tf", "eager"), ("impl_jax", "eager")}  # not in `--mode all`: minutes a step
 
