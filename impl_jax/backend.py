@@ -34,7 +34,8 @@ def open(config: Config, params=None, *, seed=0, dtype="float32", device="auto",
         check_open(config, params, dtype, device, mode, dtypes),
         nearest_mode(mode, modes),
     )
-    keep_freed_memory(heaps=1)  # a device makes the arrays of a step in one block
+    # One heap for all devices takes a sixth off a step, but holds up a compiler of many threads.
+    keep_freed_memory(heaps=1 if mode == "parallel" else None)
     if dtype == "float64":
         jax.config.update("jax_enable_x64", True)
     # float32 means float32: products would use TF32 on a GPU by default
