@@ -244,8 +244,8 @@ def keep_freed_memory(heaps: int | None = None) -> None:
 
     heaps: how many there are for all threads that begin from here on. None: one for each, so that
     what a thread frees is still in the cache of its core when it takes it again. But such a heap
-    goes back to the system when it is empty, and no array above 64 MiB fits one; a step that takes
-    its memory in one block needs heaps=1.
+    goes back to the system when it is empty; a thread that frees all that it has, step by step, is
+    better off with heaps=1.
     """
     with contextlib.suppress(OSError, AttributeError, TypeError):
         mallopt = ctypes.CDLL(None).mallopt
