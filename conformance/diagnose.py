@@ -1,6 +1,7 @@
 """Says what a failure points at: the simple mistake it looks like, the step, the first block."""
 
 import itertools
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -55,7 +56,9 @@ BY_NAME = (
     ("apply_small", ("warm-up", "EMA before the update")),
     ("apply_late", ("step counted from 0", "not carried over")),
     ("apply_sequence", ("not carried over", "frozen")),
-    ("guided_0", ("a scale of 0",)),
+    ("guided", ("guidance as", "null")),
+    ("guided_eta", ("guidance as", "null")),
+    ("guided_0", ("a scale of 0", "guidance as", "null")),
     ("ddim_eta", ("eta or sigma", "frozen")),
 )
 # The same by the first table that is wrong.
@@ -65,6 +68,12 @@ BY_TABLE = {
     "sqrt_alphas_cumprod": ("swapped",),
     "sqrt_one_minus_alphas_cumprod": ("swapped",),
     **dict.fromkeys(_POSTERIOR, ("posterior table",)),
+}
+# What shows in the rows of one number alone: the cause stands first where they are wrong and no
+# others, and last where they are right.
+ONE_NUMBER = {
+    "ddim_step": ("t_prev", "-1", "the end taken as"),
+    "ddpm_step": ("t", "0", "noise added at t=0"),
 }
 IN_LOW_PRECISION = ("float32", "low precision", "rounded on the way")
 NOT_FINITE = ("NaN", "logarithm of 0", "not capped", "[-1]", "the last step", "alphas_cumprod[0]")
@@ -343,11 +352,28 @@ def likely(result: "Result") -> tuple[str, ...]:
         words.append("eps not derived")
     if case.call == "loss_and_grads" and bad and all(f.output != "loss" for f in bad):
         words += IN_BACKWARD
+    first, last = _by_rows(result)
+    words = [*first, *words]
 
     def rank(cause: str) -> int:
+        if any(word in cause for word in last):
+            return len(words) + 1
         return next((i for i, word in enumerate(words) if word in cause), len(words))
 
     return tuple(sorted(case.causes, key=rank))
+
+
+def _by_rows(result: "Result") -> tuple[list[str], list[str]]:
+    """The causes that the numbers of the wrong rows speak for, and those they speak against."""
+    name, number, cause = ONE_NUMBER.get(result.case.call, ("", "", ""))
+    told = [re.search(rf"[(; ]{name} = ([^;)]*)", clue) for clue in result.clues if name]
+    for found in filter(None, told):
+        numbers = re.findall(r"-?\d+", found[1])
+        if number not in numbers and "..." not in found[1]:
+            return [], [cause]
+        if set(numbers) == {number}:
+            return [cause], []
+    return [], []
 
 
 def parameter_blocks(config: Config) -> dict[str, str]:

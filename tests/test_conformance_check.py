@@ -635,6 +635,9 @@ def failed_as(case_id, *findings, clues=()):
     return Result("b", "float64", case, "failed", findings=list(findings), clues=list(clues))
 
 
+ROWS = "x: {} of 5 (t = 999 and 70; t_prev = {}) are wrong; the others are right"
+
+
 def test_every_word_that_chooses_a_cause_stands_in_one_of_its_cases():
     for end, words in diagnose.BY_NAME:
         named = [case for case in REAL.cases if case.id.endswith(end)]
@@ -661,6 +664,24 @@ def test_every_word_that_chooses_a_cause_stands_in_one_of_its_cases():
         (failed_as("L4/tiny/loss_and_grads_again"), "gradients not zeroed between calls"),
         (failed_as("L4/tiny/loss_and_grads_dropped"), "dropout mask inverted"),
         (failed_as("L6/tiny/ddim_guided_0"), "a scale of 0 taken for no guidance"),
+        (failed_as("L6/tiny/ddim_guided"), "guidance as label"),
+        (failed_as("L6/tiny/ddim_eta"), "eta or sigma wrong"),
+        (
+            failed_as("L1/tiny/ddim_step_eta0", clues=[ROWS.format("rows 0 and 3", "-1 and -1")]),
+            "the end taken as",
+        ),
+        (
+            failed_as("L1/tiny/ddim_step_eta1", clues=[ROWS.format("row 1", "600")]),
+            "eta ignored",
+        ),
+        (
+            failed_as("L1/tiny/ddpm_step", clues=["x: row 2 of 5 (t = 0) is wrong; the others"]),
+            "noise added at t=0",
+        ),
+        (
+            failed_as("L1/tiny/ddpm_step", clues=["x: row 1 of 5 (t = 70) is wrong; the others"]),
+            "posterior_variance and betas",
+        ),
         (failed_as("L2/tiny/time_proj", clues=[diagnose.ROUNDED]), "t or the angles in low"),
         (
             failed_as("L1/tiny/predict_x0_eps", Finding("eps", "tolerance", "")),
