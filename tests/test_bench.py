@@ -428,7 +428,7 @@ def test_a_whole_run_with_a_peer_a_ceiling_and_charts(place, capsys):
     assert values["complete"]
     assert [ceiling["library"] for ceiling in values["ceilings"]] == ["torch"]
     kinds = [(rounds.short(run["backend"]), run["mode"]) for run in values["runs"]]
-    assert kinds == [("torch", "eager"), ("diffusers", "eager"), ("diffusers", "tuned")]
+    assert kinds == [("torch", "parallel"), ("diffusers", "eager"), ("diffusers", "tuned")]
     for run in values["runs"]:
         assert run["status"] == "ok", run["message"]
         assert run["gate"]["before"]["full"]
