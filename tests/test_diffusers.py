@@ -144,12 +144,14 @@ def test_folders_pass_both_ways(folders, backend):
         assert error(found, forward(model, **given)) < limit, name
         # With the table of S7 for its own sines, which are float32's of angles up to 999, only
         # rounding is left. A network of random weights rounds more than a trained one: there the
-        # measure is, as for the goldens, eight times what diffusers itself is off.
+        # measure is, as for the goldens, eight times what diffusers itself is off. That follows the
+        # processor: cifar10 is off by 1.2e-6 with vectors of 16 numbers, and by 2.2e-6 with those
+        # of 8, whose sums are longer.
         model.time_proj = TimeTable(config, torch.float32)
         theirs = forward(model, **given)
         exact = forward(Oracle(config, params).model, **{**given, "x": given["x"].astype(float)})
         limit = 1e-6 if name == "digits" else 8 * error(theirs, exact)
-        assert error(found, theirs) < limit < 1e-5, name
+        assert error(found, theirs) < limit < 2e-5, name
 
 
 def test_diffusers_reads_its_own_folders_and_the_run_made_of_them_alike(folders):
@@ -158,10 +160,14 @@ def test_diffusers_reads_its_own_folders_and_the_run_made_of_them_alike(folders)
         UNet2DModel.from_pretrained(folders / name) for name in ("new", "cifar10", "written")
     )
     given = inputs(load_config("ddpm_cifar10"), 1)
+    given["x"] = given["x"].astype(np.float64)
     for other in others:
         weights = other.state_dict()
         assert all(torch.equal(value, weights[name]) for name, value in new.state_dict().items())
-        assert error(forward(other, **given), forward(new, **given)) < 1e-6
+    # In float64: where a file's tensors lie in memory decides in which order products are summed.
+    expected = forward(new.double(), **given)
+    for other in others:
+        assert error(forward(other.double(), **given), expected) < 1e-12
 
 
 @pytest.fixture(scope="module")
