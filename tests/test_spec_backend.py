@@ -284,45 +284,39 @@ def test_open_refuses_what_it_does_not_know(change, error, words):
         check_open(**(given | change))
 
 
-def test_freed_memory_is_kept():
-    """An array as large as those of a step comes back to the place of the one freed before it."""
-    if platform.libc_ver()[0] != "glibc":
-        pytest.skip("the setting is glibc's")
-    code = (
-        "import numpy as np, resource\n"
-        "from spec.backend import keep_freed_memory\n"
-        "keep_freed_memory()\n"
-        "faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
-        "np.ones(2**22)\n"
-        "before = faults()\n"
-        "for _ in range(20): np.ones(2**22)\n"
-        "print(faults() - before)"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
-    )
-    assert int(done.stdout) < 2**25 // 4096  # fewer new pages than one of the twenty arrays has
-
-
-def test_freed_memory_of_threads_is_kept_in_one_heap():
-    """As above, in threads, whose own heaps would go back to the system when they are empty."""
+def new_pages(heaps: int | None, work: str) -> int:
+    """The pages that a process gets from the system while it does some work a second time."""
     if platform.libc_ver()[0] != "glibc":
         pytest.skip("the setting is glibc's")
     code = (
         "import numpy as np, resource, threading\n"
         "from spec.backend import keep_freed_memory\n"
-        "keep_freed_memory(heaps=1)\n"
+        f"keep_freed_memory({heaps})\n"
         "faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
-        "def work(): [np.ones(2**21) for _ in range(8)]\n"
-        "def work_in_thread():\n"
-        "    thread = threading.Thread(target=lambda: [work() for _ in range(5)])\n"
-        "    thread.start(), thread.join()\n"
-        "work_in_thread()\n"
+        f"{work}\n"
+        "work()\n"
         "before = faults()\n"
-        "work_in_thread()\n"
+        "work()\n"
         "print(faults() - before)"
     )
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
     )
-    assert int(done.stdout) < 2**24 // 4096 // 2  # fewer new pages than half an array has
+    return int(done.stdout)
+
+
+def test_freed_memory_is_kept():
+    """An array as large as those of a step comes back to the place of the one freed before it."""
+    pages = new_pages(None, "def work(): [np.ones(2**22).sum() for _ in range(20)]")
+    assert pages < 2**25 // 4096  # fewer than one of the twenty arrays has
+
+
+def test_freed_memory_of_threads_is_kept_in_one_heap():
+    """As above, in threads, whose own heaps would go back to the system when they are empty."""
+    work = (
+        "def arrays(): [np.ones(2**21) for _ in range(8)]\n"
+        "def work():\n"
+        "    thread = threading.Thread(target=lambda: [arrays() for _ in range(5)])\n"
+        "    thread.start(), thread.join()"
+    )
+    assert new_pages(1, work) < 2**24 // 4096 // 2  # fewer than half an array has
