@@ -10,7 +10,9 @@ import pytest
 
 from conformance.mutants.fit import (
     IMAGES,
+    STEPS,
     TIMES,
+    _carried_problem,
     _frequency_problem,
     _joint_problem,
     _normal_problem,
@@ -78,6 +80,19 @@ def test_draws_that_go_together_are_told():
     assert "go together" in _joint_problem("both", rows, u < 0.25)
     one_in_five = np.where(other < 0.2, u, generator.random(2000))
     assert "the same key" in _joint_problem("both", rows, (one_in_five * TIMES).astype(int))
+
+
+def test_noise_that_goes_with_another_draw_is_told():
+    generator = np.random.Generator(np.random.Philox(6))
+    noise, u = generator.normal(size=(STEPS * 8, 2, 2, 1)), generator.random(STEPS * 8)
+    assert _carried_problem("drops", u < 0.1, noise) is None
+    first = noise.reshape(STEPS, -1)[:, :8].ravel()  # of each step
+    for values in (first < -1.3, -first, np.floor(first * 3)):
+        problem = _carried_problem("drops", values, noise)
+        assert problem.startswith("drops and noise go together")
+        assert "the same key" in problem
+    for _ in range(200):
+        assert _carried_problem("drops", generator.random(STEPS * 8) < 0.1, noise) is None
 
 
 def test_right_draws_pass_as_often_as_the_limit_says():

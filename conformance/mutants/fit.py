@@ -144,6 +144,9 @@ def _native_problem(package: ModuleType) -> str | None:
         or _joint_problem("images and times", rows, t)
         or _joint_problem("images and dropped labels", rows, drop)
         or _joint_problem("times and dropped labels", t, drop)
+        or _carried_problem("images", rows, noise)
+        or _carried_problem("times", t, noise)
+        or _carried_problem("dropped labels", drop, noise)
         or _normal_problem(noise)
     )
 
@@ -201,6 +204,24 @@ def _joint_problem(what: str, one: np.ndarray, other: np.ndarray) -> str | None:
         return (
             f"{what} go together: chi-square is {chi_square:.0f}, at most {allowed:.0f} where they "
             "are independent; look for two draws from the same key"
+        )
+    return None
+
+
+def _carried_problem(what: str, values: np.ndarray, noise: np.ndarray) -> str | None:
+    """That no number of a batch's noise goes with a draw of it; values [STEPS * B].
+
+    From one key, a generator that counts gives the noise's first B numbers, all of row 0, and the B
+    draws the same bits. So each draw is held against each number of the noise, by their correlation
+    over the steps. These are hundreds of pairs, so a correlation may stand one sigma further out.
+    """
+    drawn, numbers = values.reshape(STEPS, -1), noise.reshape(STEPS, -1)
+    drawn, numbers = ((a - a.mean(0)) / np.maximum(a.std(0), 1e-9) for a in (drawn, numbers))
+    most, allowed = abs(drawn.T @ numbers).max() / STEPS, (SIGMAS + 1) / np.sqrt(STEPS)
+    if not most <= allowed:
+        return (
+            f"{what} and noise go together: a correlation is {most:.2f}, at most {allowed:.2f} "
+            "where they are independent; look for two draws from the same key"
         )
     return None
 
