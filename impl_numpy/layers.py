@@ -90,7 +90,7 @@ def conv(p: dict, name: str, x: np.ndarray, stride: int = 1, pad: tuple[int, int
     w = p[f"{name}.weight"]
     k, out = len(w), w.shape[-1]
     _, height, width, _ = x.shape
-    if k > 1:
+    if any(pad):
         x = spread(x, height + sum(pad), width + sum(pad), pad[0])
     y = convolve(x, w, stride)
     y += p[f"{name}.bias"]
