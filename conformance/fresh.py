@@ -186,7 +186,11 @@ class Run:
 
     def report(self) -> dict[str, Any]:
         """For JSON."""
-        columns = [{"first": self.first, **tally.report()} for tally in self.tallies]
+        tried = len(self.unmade)
+        columns = [
+            {"first": self.first, "end": self.first + tally.configs + tried, **tally.report()}
+            for tally in self.tallies
+        ]
         return {
             "format": FORMAT,
             "ok": self.ok,
@@ -297,6 +301,8 @@ def again(tally: Tally, failure: Failure, reports: Path) -> str:
 def merged(path: Path, report: dict[str, Any]) -> dict[str, Any]:
     """What a file of results holds, with the columns of a report in place of its own of that name.
 
+    Where one goes on with the next config where the other ended, both are kept, as one.
+
     Raises UsageError where the file is there and cannot be read.
     """
     columns = {(c["backend"], c["dtype"]): c for c in report["columns"]}
@@ -306,8 +312,32 @@ def merged(path: Path, report: dict[str, Any]) -> dict[str, Any]:
             before = json.loads(path.read_text(encoding="utf-8"))["columns"]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UsageError(f"--results {path} is no file of results; name a new one") from error
-    kept = [columns.pop((c["backend"], c["dtype"]), c) for c in before]
+    kept = [joined(c, columns.pop((c["backend"], c["dtype"]), c)) for c in before]
     return {"format": FORMAT, "columns": [*kept, *columns.values()]}
+
+
+def joined(one: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
+    """Both columns as one where their configs adjoin and the rest is alike; else the other."""
+    latest, (one, other) = other, sorted([one, other], key=lambda column: column["first"])
+    adjoin = one.get("end") == other["first"]
+    if not adjoin or any(one[key] != other[key] for key in ("mode", "versions")):
+        return latest
+
+    def worse(a: dict[str, Any] | None, b: dict[str, Any] | None) -> dict[str, Any] | None:
+        return max((share for share in (a, b) if share), key=lambda s: s["ratio"], default=None)
+
+    levels = sorted({*one["worst_by_level"], *other["worst_by_level"]})
+    return {
+        **one,
+        "end": other["end"],
+        **{key: one[key] + other[key] for key in ("configs", "passed", "cases", "failures")},
+        "seconds": round(one["seconds"] + other["seconds"], 1),
+        "worst": worse(one["worst"], other["worst"]),
+        "worst_by_level": {
+            level: worse(one["worst_by_level"].get(level), other["worst_by_level"].get(level))
+            for level in levels
+        },
+    }
 
 
 FOREWORD = """# Random configs

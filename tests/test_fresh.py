@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from conformance import oracle
 from conformance.__main__ import app
-from conformance.fresh import page, with_modes
+from conformance.fresh import joined, page, with_modes
 from conformance.process import CannotStart, Impl, Setup
 from conformance.runner import Plan, Suite
 from spec.config import Config, config_from_dict, load_config
@@ -407,6 +407,31 @@ def test_workers_go_from_goldens_to_goldens_in_one_process_and_survive_its_end(r
         suite.turn_to(other, other.cases)
         assert suite.run_column(impl, "float64").ok
         assert worker.starts == 2
+
+
+def test_two_runs_over_adjoining_configs_are_one_column():
+    one = COLUMN | {"versions": {"numpy": "2"}, "end": 9, "seconds": 1.5}
+    one["worst_by_level"] = {"L1": COLUMN["worst"], "L6": {"ratio": 0.2, "case": "L6/random-1/x"}}
+    worst = {"ratio": 0.7, "case": "L6/random-9/x"}
+    other = one | {"first": 9, "end": 12, "configs": 3, "passed": 3, "cases": 30, "failures": []}
+    other |= {"worst": worst, "worst_by_level": {"L6": worst}}
+    for both in (joined(one, other), joined(other, one)):
+        assert both == one | {
+            **{"end": 12, "configs": 12, "passed": 11, "cases": 129, "seconds": 3.0},
+            **{"worst": worst, "worst_by_level": {"L1": COLUMN["worst"], "L6": worst}},
+        }
+        assert "| 12, from 0 | 11 | 129 | 0.7 | L6/random-9/x |" in page({"columns": [both]})
+    nothing = other | {"worst": None, "worst_by_level": {}}
+    assert joined(one, nothing)["worst"] == COLUMN["worst"]
+
+
+@pytest.mark.parametrize("changed", [{"first": 8}, {"first": 10}, {"first": 0}, {"mode": "x"}])
+def test_a_run_over_other_configs_takes_the_place_of_the_one_before(changed):
+    one = COLUMN | {"versions": {}, "end": 9}
+    other = one | {"first": 9, "end": 12} | changed
+    assert joined(one, other) == other
+    assert joined(other, one) == one
+    assert joined(COLUMN, other) == other  # of before a column said where it ends
 
 
 def test_the_mode_of_a_backend_goes_before_that_of_the_run():
