@@ -426,5 +426,6 @@ def _ending(code: int | None) -> str:
         return "without an exit code"
     if code < 0:
         name = signal.Signals(-code).name if -code in set(signal.Signals) else str(-code)
-        return f"by signal {name}"
+        why = ", which the system sends where memory runs out" if name == "SIGKILL" else ""
+        return f"by signal {name}{why}"
     return f"with exit code {code}"

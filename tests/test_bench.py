@@ -5,6 +5,7 @@ import importlib
 import io
 import json
 import os
+import platform
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -23,6 +24,7 @@ from conformance.bench import (
     rounds,
     shares,
     stats,
+    subject,
     table,
     workloads,
 )
@@ -1046,6 +1048,40 @@ def test_a_gpus_memory_and_copies_are_measured_where_there_is_one(monkeypatch, t
     assert device.peak(framework, "cuda") == (7 * 2**20 if there else None)
     assert torch.cuda.calls == (["synchronize", "reset", "empty"] if there else [])
     assert device.peak(framework, "cpu") is None  # a GPU that is not asked for does not count
+
+
+def test_a_waiting_worker_gives_the_memory_that_it_keeps_back_to_the_system():
+    if platform.libc_ver()[0] != "glibc":
+        pytest.skip("other C libraries have no such call")
+    code = (
+        "import os, numpy as np\n"
+        "from conformance.bench import device\n"
+        "from spec.backend import keep_freed_memory\n"
+        "keep_freed_memory()\n"
+        "pages = lambda: int(open('/proc/self/statm').read().split()[1])\n"
+        "arrays = [np.ones(2**17) for _ in range(200)]\n"
+        "del arrays\n"
+        "kept = pages()\n"
+        "device.release('numpy', 'cpu')\n"
+        "print((kept - pages()) * os.sysconf('SC_PAGE_SIZE'))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=HERE.parent, capture_output=True, text=True, check=True
+    )
+    assert int(done.stdout) > 0.9 * 200 * 2**20
+
+
+def test_memory_is_given_back_after_each_part_and_before_the_peak_begins(monkeypatch, tmp_path):
+    heard = []
+    monkeypatch.setattr(device, "release", lambda *of: heard.append("release"))
+    monkeypatch.setattr(subject, "reset_peak_memory", lambda: heard.append("reset"))
+    monkeypatch.setattr(subject, "peak_memory", lambda: heard.append("peak"))
+    one = subject_of("impl_numpy", workloads.find("tiny"), tmp_path)
+    one.part({"part": "warm", "calls": 1})
+    assert heard == ["release", "reset", "release"]
+    heard.clear()
+    one.part({"part": "round", "seconds": 0.0})
+    assert heard == ["peak", "release"]
 
 
 def test_a_framework_that_is_not_known_is_not_asked():
