@@ -66,11 +66,11 @@ def open(
 ) -> "Lucidrains":
     """A model of this size; its weights are its own, from the seed: params are only checked.
 
-    Raises ValueError for a config that the package has nothing near to.
+    Raises NotImplementedError for a config that the package has nothing near to.
     """
     opened_with(config, params, seed, dtype, device, mode, dtypes, modes)
     if problem := unfit(config):
-        raise ValueError(f"denoising-diffusion-pytorch {problem}; leave this peer out")
+        raise NotImplementedError(f"denoising-diffusion-pytorch {problem}")
     torch.manual_seed(seed)
     return Lucidrains(config, dtype, device, mode)
 
