@@ -1,6 +1,7 @@
 """The command line: `python -m conformance run`, `fresh`, `parity`, `samples`, `new`, and more."""
 
 import errno
+import re
 import signal
 import sys
 import tempfile
@@ -33,6 +34,7 @@ from conformance.runner import (
     check_jobs,
     check_threads,
     default_dtypes,
+    finish_all,
     in_column,
     parse_impl,
     select,
@@ -78,6 +80,16 @@ Mode = Annotated[
 ]
 Reports = Annotated[Path, typer.Option(help="Folder for the reports.")]
 GoldensFolder = Annotated[Path, typer.Option("--goldens", help="Folder of the goldens.")]
+
+
+def level_number(text: str | int) -> int:
+    """The level of "2" or "L2". Raises typer.BadParameter for what is neither."""
+    if not re.fullmatch(r"[Ll]?\d{1,3}", str(text)):
+        raise typer.BadParameter(
+            f"{text!r} is no level; they are L{min(coach.LEVELS)} to L{max(coach.LEVELS)}: "
+            "give one as 2 or L2, and repeat --level for more"
+        )
+    return int(str(text).lstrip("Ll"))
 
 
 def _plan(
@@ -179,7 +191,10 @@ def run(
     ] = [],  # noqa: B006
     device: Device = "cpu",
     mode: Mode = None,
-    level: Annotated[list[int], typer.Option(help="Run only this level.")] = [],  # noqa: B006
+    level: Annotated[
+        list[int],
+        typer.Option(help="Run only this level, 2 or L2; repeat for more.", parser=level_number),
+    ] = [],  # noqa: B006
     case: Annotated[list[str], typer.Option(help="Run only cases that match this glob.")] = [],  # noqa: B006
     timing: Annotated[
         bool | None,
@@ -312,6 +327,7 @@ def _run(suite: Suite, watch: show.Watch, jobs: int) -> Report:
             suite.stop()  # a pool waits for its threads, and they wait for their workers
             raise
     suite.share_cores(1)
+    finish_all(report.columns)
     return report
 
 

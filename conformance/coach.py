@@ -52,12 +52,11 @@ class Task:
 
     @property
     def state(self) -> str:
-        """done, wrong, or to write; a method of which a part is written is to write."""
+        """done, wrong, or to write; a method of which a part is written and right is to write."""
         if self.passed == self.total:
             return DONE
-        if any(result.status == "not implemented" for result in self.results):
-            return TO_WRITE
-        return WRONG
+        bad = [result.status for result in self.results if not result.ok]
+        return TO_WRITE if "not implemented" in bad and len(set(bad)) == 1 else WRONG
 
     @property
     def first(self) -> Result | None:
@@ -98,28 +97,47 @@ def next_steps(column: Column) -> list[str]:
             f"write {task.method}, by {clauses} in spec/SPEC.md",
             signature(task.method),
             summary(task.method),
+            *([first.message] if first.message else []),
         ]
         also = ALSO.get(task.method)
         return lines + (
             [f"the suite reads and sets the training state too: {also}"] if also else []
         )
-    lines = [f"mend {task.method}: {first.case.id} {first.status}, by {clauses} in spec/SPEC.md"]
+    where = "" if column.dtype == "float64" else f" in {column.dtype}"
+    lines = [
+        f"mend {task.method}: {first.case.id} {first.status}{where}, by {clauses} in spec/SPEC.md"
+    ]
     lines += [first.message] if first.message else []
     lines += [f"look at block {first.block}"] if first.block else []
     lines += [f"clue: {clue}" for clue in first.clues[:2]]
     lines += [f"likely cause: {cause}" for cause in first.causes[:CAUSES]]
     if (more := len(first.causes) - CAUSES) > 0:
-        lines.append(f"{more} causes more, less likely: conformance.md in the folder of reports")
+        lines.append(f"{counted(more, 'cause')} more, less likely: see the failure's own box")
     return lines
 
 
+def counted(number: int, what: str) -> str:
+    """ "1 cause", "2 causes"."""
+    return f"{number} {what}{'' if number == 1 else 's'}"
+
+
 def lessons(columns: Sequence[Column]) -> list[Column]:
-    """For each backend that has not passed, the first of its columns that has not."""
+    """For each backend that has not passed, its column that stopped at the lowest level.
+
+    Each level stands on those below, in whatever dtype; of two columns the first.
+    """
     found: dict[str, Column] = {}
     for column in columns:
         if not column.ok:
-            found.setdefault(column.backend, column)
+            held = found.setdefault(column.backend, column)
+            if _stopped(column) < _stopped(held):
+                found[column.backend] = column
     return list(found.values())
+
+
+def _stopped(column: Column) -> int:
+    """The first level of a column where something is left to do."""
+    return next((task.level for task in tasks(column) if task.state != DONE), max(LEVELS) + 1)
 
 
 def _number(clause: str) -> int:

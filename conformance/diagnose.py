@@ -1,5 +1,6 @@
 """Says what a failure points at: the simple mistake it looks like, the step, the first block."""
 
+import difflib
 import itertools
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -18,12 +19,25 @@ if TYPE_CHECKING:
 SHARE = 0.01  # of the error may be left where a simple mistake is to explain it
 LISTED = 5  # tensors named in a list
 NAMED = 6  # rows, or times, named in a list
+NEAR = 0.8  # how alike two names are, of 1, where one may be the other misspelt
 BY_ROW = ("t", "t_prev", "labels")  # inputs with a number for each row that tell rows apart
 FLOAT32_ERRORS = (5e-9, 5e-6)  # relative: a rounding is at most 6e-8, and grows on its way
 ROUNDED = (
     "the error is of the size of float32's rounding: look for a number that is made in float32, or "
     "a small constant such as epsilon"
 )
+EXACT_ELSEWHERE = (
+    "in float64 this case passes, so the formula is right: look for what is computed in float32 "
+    "and has to be computed in float64 and cast once, or for a small constant such as epsilon"
+)
+# What makes a result of another dtype, by that dtype.
+DTYPES = {
+    "float64": (
+        "float64 came in on the way, and all after it is float64: np.sqrt or np.exp of a whole "
+        "number, an entry of a float64 table, an array made without a dtype; cast it there"
+    ),
+    "float32": "something is made in float32: work in the dtype that open was given, self.dtype",
+}
 # Table of S1 -> the tables that are made from it.
 _POSTERIOR = ("posterior_variance", "posterior_mean_coef1", "posterior_mean_coef2")
 _OF_CUMPROD = (
@@ -76,6 +90,7 @@ ONE_NUMBER = {
     "ddpm_step": ("t", "0", "noise added at t=0"),
 }
 IN_LOW_PRECISION = ("float32", "low precision", "rounded on the way")
+IN_FLOAT32_ALONE = ("one-pass", *IN_LOW_PRECISION, "epsilon")
 NOT_FINITE = ("NaN", "logarithm of 0", "not capped", "[-1]", "the last step", "alphas_cumprod[0]")
 IN_BACKWARD = ("backward", "not zeroed", "softmax diff", "no gradient", "overwritten", "derivative")
 
@@ -102,6 +117,11 @@ def clues(
         lines += which_rows(case, endless[0], ~np.isfinite(got), by_row or {})
     if len(endless) > 1:
         lines.append(f"{len(endless)} results hold NaN or infinity")
+    kinds = [f for f in findings if f.problem == "dtype" and f.output in results]
+    if kinds:
+        got_dtype = str(results[kinds[0].output].dtype)
+        lines.append(DTYPES.get(got_dtype, "cast the result to the dtype that open was given"))
+    lines += _misspelt(findings)
     bad = [finding for finding in findings if finding.problem in ("tolerance", "shape")]
     worst = first_wrong(case, findings) or max(bad, key=lambda f: f.ratio, default=None)
     if worst is None or worst not in bad:
@@ -126,6 +146,17 @@ def clues(
     if case.call == "sample" and worst.problem == "tolerance":
         step = _first_step(worst, got, golden, output.stride)
         lines.append(f"the first step out of tolerance is {step} of {len(got)}")
+    return lines
+
+
+def _misspelt(findings: Sequence[Finding]) -> list[str]:
+    """Lines on results that are missing where one of nearly the same name came."""
+    extra = [finding.output for finding in findings if finding.problem == "extra"]
+    lines = []
+    for finding in findings:
+        near = difflib.get_close_matches(finding.output, extra, 1, NEAR)
+        if finding.problem == "missing" and near:
+            lines.append(f"{near[0]} came and is no result: should it be {finding.output}?")
     return lines
 
 
@@ -336,12 +367,19 @@ def _axes(case: Case, output: str) -> tuple[str, ...]:
 
 
 def likely(result: "Result") -> tuple[str, ...]:
-    """The causes of a failed case, first those that its name and its findings speak for."""
+    """The causes of a failed case, first those that its name and its findings speak for.
+
+    They are of numbers, so there are none where a name or a dtype alone is wrong.
+    """
     case, bad = result.case, [finding for finding in result.findings if not finding.ok]
+    if bad and all(finding.problem in ("dtype", "missing", "extra") for finding in bad):
+        return ()
     words: list[str] = []
     for end, tell in BY_NAME:
         if case.id.endswith(end):
             words += tell
+    if EXACT_ELSEWHERE in result.clues:
+        words = [*IN_FLOAT32_ALONE, *words]
     if ROUNDED in result.clues:
         words += IN_LOW_PRECISION
     if any(finding.problem == "not finite" for finding in bad):
@@ -408,13 +446,26 @@ def blame(result: "Result", column: Sequence["Result"]) -> tuple[str | None, lis
     return None, already if case.call == "sample" else []
 
 
+def across(columns: Mapping[str, Sequence["Result"]]) -> None:
+    """Put a clue into the failures of one backend that another of its dtypes does not have.
+
+    columns: the results by dtype.
+    """
+    right = {result.case.id for result in columns.get("float64", ()) if result.ok}
+    for result in columns.get("float32", ()):
+        bad = {finding.problem for finding in result.findings if not finding.ok}
+        if result.status == "failed" and result.case.id in right and bad <= {"tolerance"}:
+            result.clues.append(EXACT_ELSEWHERE)
+
+
 def _on_tables(findings: Sequence[Finding]) -> list[str]:
     """Which tables are wrong, and which of them are made from the first."""
     wrong = [finding.output for finding in findings if not finding.ok]
     right = [finding.output for finding in findings if finding.ok]
     lines = [f"wrong: {', '.join(wrong)}; right: {', '.join(right) or 'nothing'}"] if wrong else []
+    numbers = {f.output for f in findings if f.problem in ("tolerance", "not finite")}
     after = [name for name in wrong[1:] if name in MADE_FROM.get(wrong[0], ())]
-    if after:
+    if after and wrong[0] in numbers:
         which = (
             "all others that are wrong are" if after == wrong[1:] else f"{len(after)} others are"
         )

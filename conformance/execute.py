@@ -1,6 +1,7 @@
 """Runs a case's call on a model and gives its results by key; knows no expected value."""
 
 import dataclasses
+import difflib
 import math
 import time
 import traceback
@@ -9,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from spec.backend import ARRAY_DTYPES
+from spec.backend import ARRAY_DTYPES, Model
 from spec.config import Config
 from spec.goldens import Case, GoldenError, Goldens
 from spec.noise import training_draws
@@ -23,6 +24,8 @@ ONE_ARRAY = {
 }
 TREES = ("schedule", "taps")
 STATE_PARTS = ("params", "m", "v", "ema")
+PROTOCOL = tuple(vars(Model))
+NEAR = 0.8  # how alike two names are, of 1, where one may be the other misspelt
 LONGEST = 2000  # characters of an exception's message
 
 
@@ -126,9 +129,12 @@ class Session:
 
     def open(self, config: Config, params: Arrays | None, seed: int = 0) -> Any:
         """A model of the backend in this column's dtype, device and mode."""
-        return self.backend.open(
+        model = self.backend.open(
             config, params, seed=seed, dtype=self.column, device=self.device, mode=self.mode
         )
+        if model is None:
+            raise Fault("open gave None; expected a model: is its `return` missing?")
+        return model
 
     def _load(self, held: _Held, state: Mapping[str, Any]) -> None:
         """Load a copy of the state, and remember that copy."""
@@ -321,7 +327,10 @@ def method(model: Any, name: str) -> Callable:
     """The model's method. Raises NotImplementedError where there is none."""
     found = getattr(model, name, None)
     if not callable(found):
-        raise NotImplementedError(f"the model has no method {name}")
+        others = [n for n in dir(model) if not n.startswith("_") and n not in PROTOCOL]
+        near = difflib.get_close_matches(name, others, 1, NEAR)
+        also = f", but {near[0]}: is that meant?" if near else ""
+        raise NotImplementedError(f"the model has no method {name}{also}")
     return found
 
 
@@ -378,7 +387,7 @@ def named_results(call: str, value: Any, arguments: Arrays) -> Arrays:
 
 def _pair(call: str, value: Any, what: str) -> tuple[Any, Any]:
     if not isinstance(value, tuple) or len(value) != 2:
-        raise Fault(f"{call} gave {kind_of(value)}; expected a tuple of 2: {what}")
+        raise Fault(f"{call} gave {kind_of(value)}; expected a tuple of 2: {what}{_remedy(value)}")
     return value
 
 
@@ -399,7 +408,9 @@ def an_array(what: str, value: Any) -> np.ndarray:
 def a_tree(what: str, value: Any) -> Arrays:
     """The value. Raises Fault unless it is a dict of arrays by name."""
     if not isinstance(value, Mapping):
-        raise Fault(f"{what} gave {kind_of(value)}; expected a dict of NumPy arrays by name")
+        raise Fault(
+            f"{what} gave {kind_of(value)}; expected a dict of NumPy arrays by name{_remedy(value)}"
+        )
     items = list(value.items())  # once: whoever makes them anew could make others
     if not all(type(name) is str for name, _ in items):
         raise Fault(f"{what} gave names that are no texts; expected a dict of NumPy arrays by name")
@@ -409,7 +420,9 @@ def a_tree(what: str, value: Any) -> Arrays:
 
 
 def _remedy(value: Any) -> str:
-    """How the value becomes one, for the usual tensors."""
+    """How the value becomes one, for the usual tensors; what may have made it None."""
+    if value is None:
+        return " (is a `return` missing?)"
     if hasattr(value, "detach"):
         return ": x.detach().cpu().numpy()"
     return ": np.array(x)" if hasattr(value, "__array__") else ""
@@ -418,7 +431,7 @@ def _remedy(value: Any) -> str:
 def a_loss(call: str, value: Any) -> float:
     """The value as a float. Raises Fault unless it is one already."""
     if not isinstance(value, (float, np.floating)):
-        raise Fault(f"{call} gave {kind_of(value)} as the loss; expected a float")
+        raise Fault(f"{call} gave {kind_of(value)} as the loss; expected a float{_remedy(value)}")
     return float(value)
 
 

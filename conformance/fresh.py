@@ -19,7 +19,7 @@ from typing import Any
 from conformance.oracle import Oracle
 from conformance.process import Impl
 from conformance.reports import suite_version, write, write_json
-from conformance.runner import Column, Plan, Result, Suite, UsageError, finite
+from conformance.runner import Column, Plan, Result, Suite, UsageError, finish_all, finite
 from spec.config import ConfigError
 from spec.goldens import GoldenError, Goldens
 
@@ -282,6 +282,7 @@ def _check(suite: Suite, number: int, tallies: list[Tally], reports: Path, jobs:
         except BaseException:
             suite.stop()
             raise
+    finish_all(done)
     for tally, column in zip(tallies, done, strict=True):
         tally.add(number, column)
         if not column.ok:  # the config, so that it can be run again by itself

@@ -266,6 +266,15 @@ def finish(column: Sequence[Result]) -> None:
         if result.status == "failed":
             result.block, lines = diagnose.blame(result, column)
             result.clues = [*lines, *result.clues]
+        elif result.case.call == "run_block" and result.status not in ("passed", "not implemented"):
+            result.block = result.case.options["name"]
+
+
+def finish_all(columns: Sequence[Column]) -> None:
+    """Add what only the columns of one backend together tell, once all of them are there."""
+    for backend in {column.backend for column in columns}:
+        own = [column for column in columns if column.backend == backend]
+        diagnose.across({column.dtype: column.results for column in own})
 
 
 def check(
@@ -306,8 +315,10 @@ def check_backend(
     results = list(check(backend, dtypes, cases, goldens=goldens, device=device, mode=mode))
     if not results:
         raise UsageError(f"no case has a tolerance for {', '.join(dtypes)}; nothing was checked")
-    for dtype in dtypes:
-        finish([result for result in results if result.dtype == dtype])
+    by_dtype = {dtype: [r for r in results if r.dtype == dtype] for dtype in dtypes}
+    for column in by_dtype.values():
+        finish(column)
+    diagnose.across(by_dtype)
     return results
 
 

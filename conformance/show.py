@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import math
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -22,7 +23,7 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
-from conformance.coach import DONE, LEVELS, WRONG, lessons, next_steps, tasks
+from conformance.coach import DONE, LEVELS, WRONG, counted, lessons, next_steps, tasks
 from conformance.defaults import notes
 from conformance.fresh import Run, again
 from conformance.lines import ADDED, CORE, Count
@@ -81,7 +82,7 @@ class Watch:
             nonlocal failed
             failed += not result.ok
 
-        self.say(f"{name}: {total} cases ...")
+        self.say(f"{name}: {counted(total, 'case')} ...")
         yield seen
         self.say(f"{name}: {f'{failed} not passed' if failed else 'all passed'}")
 
@@ -254,9 +255,13 @@ def show_report(out: Console, report: Report) -> None:
         for result in failures[:PANELS]:
             out.print(panel(result))
         if (more := len(failures) - PANELS) > 0:
-            out.print(Text(f"{backend}: {more} failures more, all in the reports\n"))
+            out.print(Text(f"{backend}: {counted(more, 'failure')} more, all in the reports\n"))
     if report.columns:
         out.print(Text("passed/all, and the worst error as a share of its tolerance"))
+        if any(result.ratio == math.inf for column in report.columns for result in column.results):
+            out.print(
+                Text("inf: NaN or infinity, or a name, shape or dtype that is not the golden's")
+            )
         for table in matrices(report):
             out.print(table)
     for column in {column.backend: column for column in report.columns}.values():

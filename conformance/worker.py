@@ -208,6 +208,12 @@ def unfit(name: str, backend: Any) -> str:
     """Why a module is no backend; empty for one that is."""
     lacking = [part for part in ("name", "modes", "open") if not hasattr(backend, part)]
     if lacking:
+        folder = next(iter(getattr(backend, "__path__", ())), "")
+        files = sorted(path.stem for path in Path(folder).glob("*.py")) if folder else []
+        if folder and getattr(backend, "__file__", None) is None:
+            inside = f"; name a module in it: {name}.{files[0]}" if files else ""
+            inside = f"; name the module in it: {name}.{name}" if name in files else inside
+            return f"{name} is a folder, {folder}, and no module{inside}"
         return f"{name} has no {', '.join(lacking)}"
     modes = backend.modes
     if isinstance(modes, str) or not modes or not all(isinstance(mode, str) for mode in modes):

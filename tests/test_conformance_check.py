@@ -249,12 +249,28 @@ class ForgetsM(Fake):
         self.now["m"] = moments
 
 
+class NoTables(Fake):
+    def schedule(self):
+        super().schedule()
+
+
+class NoPair(Fake):
+    def predict_x0_eps(self, x_t, t, out):
+        super().predict_x0_eps(x_t, t, out)
+
+
 FAULTS = [
     (ScalarPredict, "L3/tiny/predict", "predict gave a float; expected a NumPy array"),
     (TupleOfThree, "L1/tiny/predict_x0_eps", "predict_x0_eps gave a tuple of 3; expected a tuple"),
     (ListOfTwo, "L4/tiny/grads", "loss_and_grads gave a list of 2; expected a tuple of 2"),
     (ArrayLoss, "L4/tiny/grads", "gave a numpy.ndarray as the loss; expected a float"),
-    (NoLoss, "L5/tiny/train_steps", "train_step gave None as the loss; expected a float"),
+    (NoLoss, "L5/tiny/train_steps", "train_step gave None as the loss; expected a float (is a `r"),
+    (NoTables, "L0/tiny/schedule", "expected a dict of NumPy arrays by name (is a `return` missi"),
+    (
+        NoPair,
+        "L1/tiny/predict_x0_eps",
+        "expected a tuple of 2: x0 and eps (is a `return` missing?)",
+    ),
     (ListsInTree, "L3/tiny/taps", "taps: time_proj gave a list of 3; expected a NumPy array"),
     (ArrayForTree, "L0/tiny/schedule", "schedule gave a numpy.ndarray; expected a dict"),
     (Objects, "L1/tiny/guide", "dtype object"),
@@ -336,6 +352,119 @@ def test_exceptions_are_verdicts(goldens):
     assert (result.status, result.message) == ("not implemented", "later")
     result = verdict(Unfinished, goldens, "L3/tiny/taps")
     assert (result.status, result.message) == ("not implemented", "the model has no method taps")
+
+
+class Misspelt(Fake):
+    schedule, predct, not_taps = None, Fake.predict, Fake.taps
+
+    def shedule(self):
+        return super().schedule()
+
+    def __getattribute__(self, name):
+        if name == "predict":
+            raise AttributeError(name)
+        return super().__getattribute__(name)
+
+
+def test_a_method_that_is_misspelt_is_named(goldens):
+    result = verdict(Misspelt, goldens, "L0/tiny/schedule")
+    assert result.status == "not implemented"
+    assert result.message == "the model has no method schedule, but shedule: is that meant?"
+    result = verdict(Misspelt, goldens, "L3/tiny/predict")
+    assert result.message == "the model has no method predict, but predct: is that meant?"
+
+
+def test_an_open_that_gives_nothing_is_named(goldens):
+    class Nothing:
+        name, modes = "nothing", ("eager",)
+
+        @staticmethod
+        def open(config, params=None, **options):
+            Fake(config, params or initial_params(config, 0), options["dtype"])
+
+    (result,) = check_backend(Nothing, ["float64"], ["L0/*"], goldens=goldens)
+    assert result.status == "fault"
+    assert result.message == "open gave None; expected a model: is its `return` missing?"
+
+
+class Promotes(Fake):
+    def q_sample(self, x0, t, noise):
+        return super().q_sample(x0, t, noise).astype(np.float64)
+
+    def target(self, x0, t, noise):
+        return super().target(x0, t, noise).astype(np.float16)
+
+    def schedule(self):
+        tables = super().schedule()
+        return {**{k: v.astype(np.float64) for k, v in tables.items()}, "betas": tables["betas"]}
+
+
+def test_a_dtype_that_is_wrong_has_a_clue_and_no_cause_of_numbers(goldens):
+    result = verdict(Promotes, goldens, "L1/tiny/q_sample", "float32")
+    assert "out has dtype float64; expected float32" in result.message
+    assert [clue for clue in result.clues if "np.sqrt or np.exp of a whole number" in clue]
+    assert result.causes == ()
+    finish([result := verdict(Promotes, goldens, "L0/tiny/schedule", "float32")])
+    assert not [clue for clue in result.clues if clue.startswith("mend ")]
+    result = verdict(Promotes, goldens, "L1/tiny/target", "float32")
+    assert "cast the result to the dtype that open was given" in result.clues
+
+
+def test_a_result_of_nearly_the_right_name_is_told(goldens):
+    class Named(Fake):
+        def schedule(self):
+            tables = super().schedule()
+            return {"alpha_cumprod" if k == "alphas_cumprod" else k: v for k, v in tables.items()}
+
+    result = verdict(Named, goldens, "L0/tiny/schedule")
+    assert "alpha_cumprod came and is no result: should it be alphas_cumprod?" in result.clues
+    assert result.causes == ()
+
+
+def test_what_passes_in_float64_alone_is_told_to_look_at_precision(goldens):
+    class Rough(Fake):
+        def q_sample(self, x0, t, noise):
+            out = super().q_sample(x0, t, noise)
+            return out if self.dtype == "float64" else (out * 1.01).astype(np.float32)
+
+        def target(self, x0, t, noise):
+            return super().target(x0, t, noise) * self.cast(np.array(1.01))
+
+    results = check_backend(Backend(Rough), goldens=goldens, cases=["L1/*"])
+    failed = {(r.dtype, r.case.call): r for r in results if not r.ok}
+    assert set(failed) == {
+        ("float32", "q_sample"),
+        ("float32", "target"),
+        ("float64", "target"),
+    }
+    told = {key for key, r in failed.items() if diagnose.EXACT_ELSEWHERE in r.clues}
+    assert told == {("float32", "q_sample")}
+    result = failed["float32", "q_sample"]
+    causes = ("eta ignored", "a step in float32", "one-pass variance")
+    case = dataclasses.replace(result.case, causes=causes)
+    assert dataclasses.replace(result, case=case).causes == (
+        *("one-pass variance", "a step in float32"),
+        "eta ignored",
+    )
+
+
+def test_a_block_that_raises_stands_where_it_runs():
+    goldens = Goldens()
+
+    class Raising(Fake):
+        def run_block(self, name, **given):
+            if name == "emb":
+                raise KeyError("linear_1.weight")
+            return np.zeros(1, self.dtype)
+
+    results = check_backend(
+        Backend(Raising),
+        ["float64"],
+        ["L2/tiny/emb", "L2/tiny/down_blocks.0.resnets.0"],
+        goldens=goldens,
+    )
+    first = min(results, key=Result.order)
+    assert (first.case.id, first.status, first.block) == ("L2/tiny/emb", "error", "emb")
 
 
 def test_a_describe_that_fails_costs_no_verdict(goldens):

@@ -247,6 +247,11 @@ def test_the_parent_and_the_machinery_import_no_framework():
         (["--device=cuda"], 2, "good cannot run on --device cuda: device = 'cuda' is not on"),
         (["--impl=nobody_has_this"], 2, "backend 'nobody_has_this' is not a module"),
         (["--impl=empty"], 2, "empty has no name, modes, open"),
+        (["--impl=folder"], 2, "and no module; name the module in it: folder.folder"),
+        (["--impl=other_folder"], 2, "and no module; name a module in it: other_folder.one"),
+        (["--level=L1x"], 2, "'L1x' is no level; they are L0 to L7: give one as 2 or L2"),
+        (["--level=L8"], 2, "--level 8 has no cases"),
+        (["--level=0,1"], 2, "'0,1' is no level; they are L0 to L7"),
         (["--impl=b=/no/such/python"], 2, "interpreter /no/such/python of b cannot be run"),
         (["--impl=impl_lacking"], 1, "needs nobody_has_this, which"),
         (["--impl=impl_lacking"], 1, "-m pip install -r requirements/lacking-cpu.txt"),
@@ -260,6 +265,9 @@ def test_what_cannot_be_run_is_refused_before_any_work(goldens, place, arguments
     add(place, "good", GOOD)
     add(place, "impl_lacking", "import nobody_has_this")
     add(place, "empty", "")
+    for file in ("folder/folder.py", "folder/one.py", "other_folder/one.py"):
+        (place / file).parent.mkdir(exist_ok=True)
+        (place / file).write_text("")
     add(place, "dies", "import os; os._exit(7)")
     add(place, "raises", "raise RuntimeError('not today')")
     alone = not arguments or (arguments[0].startswith("--impl=") and "good" not in arguments[0])

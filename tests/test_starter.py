@@ -1,11 +1,13 @@
 """`conformance new`, and how the suite guides whoever fills in what it wrote."""
 
+import dataclasses
 import importlib.util
 import inspect
 import json
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 from conformance_fakes import Fake, opener, write_goldens
 from typer.testing import CliRunner
@@ -182,7 +184,9 @@ def test_a_place_that_cannot_be_written_is_refused_before_the_work(started):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["numpy"], "the name of another module"),
+        (["numpy"], "the name of another module; give one by --name my_model"),
+        (["my_model"], "is there already, and not empty; name a new folder"),
+        (["my-model"], "the name of another module; give one by --name my_model_model"),
         (["random"], "the name of another module"),
         (["class"], "is no name of a Python module"),
         (["2d-model"], "is no name of a Python module"),
@@ -193,13 +197,15 @@ def test_a_place_that_cannot_be_written_is_refused_before_the_work(started):
 )
 def test_new_refuses(tmp_path, monkeypatch, arguments, message):
     monkeypatch.chdir(tmp_path)
-    Path("full").mkdir()
-    Path("full/kept").write_text("kept")
+    for folder in ("full", *(["my_model"] if arguments[0].startswith("my") else [])):
+        Path(folder).mkdir()
+        Path(folder, "kept").write_text("kept")
     Path("file").write_text("kept")
+    monkeypatch.syspath_prepend(str(tmp_path))
     result = CliRunner().invoke(app, ["new", *arguments], env={"COLUMNS": "300"})
     assert result.exit_code == 2
     assert message in result.output
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "full"]
+    assert {path.name for path in tmp_path.iterdir()} <= {"file", "full", "my_model"}
 
 
 def test_an_empty_folder_and_a_name_of_ones_own_are_taken(tmp_path):
@@ -239,6 +245,51 @@ def test_a_lesson_orders_the_methods_and_begins_with_the_lowest(tmp_path):
     assert steps[0].startswith("mend target: L1/tiny/target error, by S2")
     assert "one over nothing" in steps[1]
     assert coach.next_steps(column_of([r for r in results if r.ok])) == []
+
+
+class Partly(Fake):
+    """Its guide is wrong for one scale and not written for another; its q_sample is in float32."""
+
+    def guide(self, out_null, out_label, guidance_scale):
+        if guidance_scale:
+            raise NotImplementedError
+        return super().guide(out_null, out_label, 2.0)
+
+    def q_sample(self, x0, t, noise):
+        return super().q_sample(x0, t, noise).astype(np.float32)
+
+
+def test_the_lesson_is_of_the_column_that_stops_at_the_lowest_level(tmp_path):
+    class Backend:
+        name, modes, open = "partly", ("eager",), staticmethod(opener(Partly))
+
+    goldens = Goldens(write_goldens(tmp_path))
+    columns = [
+        dataclasses.replace(column_of(found), dtype=dtype)
+        for dtype in ("float64", "float32")
+        if (found := check_backend(Backend, [dtype], ["L1/*", "L3/*"], goldens=goldens))
+    ]
+    for column in columns:
+        states = {task.method: task.state for task in coach.tasks(column)}
+        assert (states["q_sample"] == "done") == (column.dtype == "float32")
+    above = dataclasses.replace(columns[0], selected=columns[0].selected[-1:])
+    above.results = [dataclasses.replace(columns[0].results[-1], status="failed")]
+    assert [column.dtype for column in coach.lessons([above, columns[1]])] == ["float32"]
+    assert [column.dtype for column in coach.lessons(columns)] == ["float64"]
+    above.dtype = "float32"
+    assert " failed in float32, by S" in coach.next_steps(above)[0]
+
+
+def test_a_method_with_a_wrong_case_is_wrong_and_with_none_to_write():
+    statuses = {"wrong": ("passed", "failed", "not implemented"), "to write": ("not implemented",)}
+    case = GOLDENS.cases[0]
+    for state, found in statuses.items():
+        results = [Result("half", "float64", case, status) for status in found]
+        assert coach.Task(0, "schedule", results, len(results) + 1).state == state
+
+
+def test_numbers_of_things_are_written_as_they_are_said():
+    assert [coach.counted(n, "case") for n in (0, 1, 2)] == ["0 cases", "1 case", "2 cases"]
 
 
 def test_every_level_method_and_clause_of_the_goldens_has_words():

@@ -240,7 +240,7 @@ def verify(suite: Any, impl: Impl, config: Config) -> tuple[str, str]:
         if not suite.has_passed(impl, DTYPE, case):
             result = suite.run_case(impl, DTYPE, case)
             if not result.ok:
-                return "", f"{case.id}: {result.status}: {result.message}"
+                return "", ": ".join(filter(None, [case.id, result.status, result.message]))
     if cases:
         return ", ".join(case.id for case in cases), ""
     return _verify_by_reference(suite, impl, config)

@@ -19,7 +19,7 @@ from spec.goldens import Case
 
 TEMPLATES = Path(__file__).parent
 LEFT_OUT = ("fit", "synchronize")  # no case calls the one; the other is for timing on a GPU
-IGNORED = "__pycache__/\n.nox/\n.venv/\nreports/\n"
+IGNORED = "__pycache__/\n.nox/\n.venv/\nreports/\nscore.json\n"
 
 
 def write_starter(folder: Path, name: str | None, cases: Sequence[Case]) -> list[Path]:
@@ -28,15 +28,16 @@ def write_starter(folder: Path, name: str | None, cases: Sequence[Case]) -> list
     name is the module's, by default made from the folder's. Raises UsageError where the folder
     holds something, or the name cannot be a module's.
     """
-    name = check_name(re.sub(r"\W+", "_", folder.resolve().name) if name is None else name)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UsageError(f"{folder} is there already, and not empty; name a new folder")
+    name = check_name(re.sub(r"\W+", "_", folder.resolve().name) if name is None else name)
     suite = Path(os.path.relpath(ROOT, folder.resolve()))
     values = {
         "name": name,
         "suite": repr(suite.as_posix()),
         "suite_path": suite.as_posix(),
         "suite_md": (suite / "conformance" / "README.md").as_posix(),
+        "spec": (suite / "spec").as_posix(),
         "spec_md": (suite / "spec" / "SPEC.md").as_posix(),
         "levels": levels_table(cases),
     }
@@ -54,11 +55,30 @@ def write_starter(folder: Path, name: str | None, cases: Sequence[Case]) -> list
 
 def check_name(name: str) -> str:
     """The name. Raises UsageError where a module of this name is none, or would hide another."""
-    if not name.isidentifier() or keyword.iskeyword(name):
-        raise UsageError(f"{name!r} is no name of a Python module; give one by --name my_model")
-    if name in sys.stdlib_module_names or name in ("noxfile", "nox") or find_spec(name):
-        raise UsageError(f"{name!r} is the name of another module; give one by --name my_model")
+    if not _is_name(name):
+        raise UsageError(
+            f"{name!r} is no name of a Python module; give one by --name {_other(name)}"
+        )
+    if _is_taken(name):
+        raise UsageError(
+            f"{name!r} is the name of another module; give one by --name {_other(name)}"
+        )
     return name
+
+
+def _is_name(name: str) -> bool:
+    return name.isidentifier() and not keyword.iskeyword(name)
+
+
+def _is_taken(name: str) -> bool:
+    return name in sys.stdlib_module_names or name in ("noxfile", "nox") or bool(find_spec(name))
+
+
+def _other(name: str) -> str:
+    """A name near to one that cannot be had, which can."""
+    stem = re.sub(r"\W+", "_", name)
+    tries = ["my_model", f"{stem}_model", f"my_{stem}", *(f"my_model_{n}" for n in range(2, 100))]
+    return next((one for one in tries if _is_name(one) and not _is_taken(one)), "another")
 
 
 def _filled(template: str, values: dict[str, str]) -> str:
