@@ -490,7 +490,7 @@ OPENS = {
     "raises": ("raise ValueError('no weights')", "error", "ValueError: no weights"),
     "leaves": ("os._exit(4)", "crashed", "exit code 4"),
     "is not written": ("raise NotImplementedError", "not implemented", ""),
-    "gives nothing": ("return None", "not implemented", "no method"),
+    "gives nothing": ("return None", "fault", "open gave None; expected a model"),
 }
 
 
