@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 SHARE = 0.01  # of the error may be left where a simple mistake is to explain it
 LISTED = 5  # tensors named in a list
 NAMED = 6  # rows, or times, named in a list
+COMPARED = 50  # names, of a result's thousands, that are held against each other
 NEAR = 0.8  # how alike two names are, of 1, where one may be the other misspelt
 BY_ROW = ("t", "t_prev", "labels")  # inputs with a number for each row that tell rows apart
 FLOAT32_ERRORS = (5e-9, 5e-6)  # relative: a rounding is at most 6e-8, and grows on its way
@@ -151,13 +152,13 @@ def clues(
 
 def _misspelt(findings: Sequence[Finding]) -> list[str]:
     """Lines on results that are missing where one of nearly the same name came."""
-    extra = [finding.output for finding in findings if finding.problem == "extra"]
+    extra = [finding.output for finding in findings if finding.problem == "extra"][:COMPARED]
+    missing = [finding.output for finding in findings if finding.problem == "missing"][:COMPARED]
     lines = []
-    for finding in findings:
-        near = difflib.get_close_matches(finding.output, extra, 1, NEAR)
-        if finding.problem == "missing" and near:
-            lines.append(f"{near[0]} came and is no result: should it be {finding.output}?")
-    return lines
+    for name in missing:
+        if near := difflib.get_close_matches(name, extra, 1, NEAR):
+            lines.append(f"{near[0]} came and is no result: should it be {name}?")
+    return lines[:LISTED]
 
 
 def _rounded_once(got: np.ndarray, expected: np.ndarray) -> bool:
