@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from conformance.compare import Finding, euclidean, one_error, relative_error
+from conformance.execute import NEAR
 from spec.config import Config
 from spec.goldens import Case, Output
 from spec.params import block_shapes, blocks
@@ -20,7 +21,6 @@ SHARE = 0.01  # of the error may be left where a simple mistake is to explain it
 LISTED = 5  # tensors named in a list
 NAMED = 6  # rows, or times, named in a list
 COMPARED = 50  # names, of a result's thousands, that are held against each other
-NEAR = 0.8  # how alike two names are, of 1, where one may be the other misspelt
 BY_ROW = ("t", "t_prev", "labels")  # inputs with a number for each row that tell rows apart
 FLOAT32_ERRORS = (5e-9, 5e-6)  # relative: a rounding is at most 6e-8, and grows on its way
 ROUNDED = (
