@@ -55,8 +55,8 @@ class Task:
         """done, wrong, or to write; a method of which a part is written and right is to write."""
         if self.passed == self.total:
             return DONE
-        bad = [result.status for result in self.results if not result.ok]
-        return TO_WRITE if "not implemented" in bad and len(set(bad)) == 1 else WRONG
+        bad = {result.status for result in self.results if not result.ok}
+        return TO_WRITE if bad == {"not implemented"} else WRONG
 
     @property
     def first(self) -> Result | None:
@@ -112,7 +112,8 @@ def next_steps(column: Column) -> list[str]:
     lines += [f"clue: {clue}" for clue in first.clues[:2]]
     lines += [f"likely cause: {cause}" for cause in first.causes[:CAUSES]]
     if (more := len(first.causes) - CAUSES) > 0:
-        lines.append(f"{counted(more, 'cause')} more, less likely: see the failure's own box")
+        page = "conformance.md in the folder of reports"
+        lines.append(f"{counted(more, 'cause')} more, less likely: {page}")
     return lines
 
 
@@ -126,13 +127,11 @@ def lessons(columns: Sequence[Column]) -> list[Column]:
 
     Each level stands on those below, in whatever dtype; of two columns the first.
     """
-    found: dict[str, Column] = {}
+    found: dict[str, list[Column]] = {}
     for column in columns:
         if not column.ok:
-            held = found.setdefault(column.backend, column)
-            if _stopped(column) < _stopped(held):
-                found[column.backend] = column
-    return list(found.values())
+            found.setdefault(column.backend, []).append(column)
+    return [min(group, key=_stopped) for group in found.values()]
 
 
 def _stopped(column: Column) -> int:

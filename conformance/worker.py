@@ -211,8 +211,8 @@ def unfit(name: str, backend: Any) -> str:
         folder = next(iter(getattr(backend, "__path__", ())), "")
         files = sorted(path.stem for path in Path(folder).glob("*.py")) if folder else []
         if folder and getattr(backend, "__file__", None) is None:
-            inside = f"; name a module in it: {name}.{files[0]}" if files else ""
-            inside = f"; name the module in it: {name}.{name}" if name in files else inside
+            which, file = ("the", name) if name in files else ("a", next(iter(files), ""))
+            inside = f"; name {which} module in it: {name}.{file}" if file else ""
             return f"{name} is a folder, {folder}, and no module{inside}"
         return f"{name} has no {', '.join(lacking)}"
     modes = backend.modes

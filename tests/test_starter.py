@@ -202,10 +202,11 @@ def test_new_refuses(tmp_path, monkeypatch, arguments, message):
         Path(folder, "kept").write_text("kept")
     Path("file").write_text("kept")
     monkeypatch.syspath_prepend(str(tmp_path))
+    before = sorted(tmp_path.rglob("*"))
     result = CliRunner().invoke(app, ["new", *arguments], env={"COLUMNS": "300"})
     assert result.exit_code == 2
     assert message in result.output
-    assert {path.name for path in tmp_path.iterdir()} <= {"file", "full", "my_model"}
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_an_empty_folder_and_a_name_of_ones_own_are_taken(tmp_path):
