@@ -647,6 +647,22 @@ def test_a_mode_may_need_something_in_its_environment(monkeypatch):
     assert modes <= {path.parent.name for path in HERE.parent.glob("impl_*/__init__.py")}
 
 
+@pytest.mark.parametrize(
+    ("given", "found"),
+    [
+        (None, "glibc.malloc.hugetlb=1"),
+        ("glibc.malloc.check=3", "glibc.malloc.check=3:glibc.malloc.hugetlb=1"),
+        ("glibc.malloc.hugetlb=0", "glibc.malloc.hugetlb=0"),
+    ],
+)
+def test_a_worker_asks_for_huge_pages_unless_its_user_chose(given, found, monkeypatch):
+    monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
+    if given:
+        monkeypatch.setenv("GLIBC_TUNABLES", given)
+    setup = Setup(GOLDENS, "cpu", None, 1, 60.0, TINY)
+    assert environment("float32", setup, "impl_jax")["GLIBC_TUNABLES"] == found
+
+
 # --- results and tables ----------------------------------------------------------------------
 
 
@@ -955,7 +971,7 @@ def test_comparing_says_what_changed_beyond_noise(tmp_path, capsys):
     faster = entry_of("S", "impl_torch", seconds=0.8, peak_memory=2**31)
     moved["peak_memory"] = 2**30
     second = values_of(entry_of("S", "impl_numpy", seconds=1.001), faster)
-    second["machine"] = {**second["machine"], "cpu": "another"}
+    second["machine"] = {**second["machine"], "cpu": "another", "huge_pages": "never"}
     first["ceilings"], second["ceilings"] = [ceiling_of(1e9)], [ceiling_of(2e9)]
     for name, values in (("a", first), ("b", second)):
         results.write(tmp_path / f"{name}.json", values)
@@ -972,6 +988,7 @@ def test_comparing_says_what_changed_beyond_noise(tmp_path, capsys):
     said = capsys.readouterr().out
     assert "1 of 2 changed beyond noise" in said
     assert "another machine: cpu was a processor, is another" in said
+    assert "another machine: huge_pages was None, is never" in said  # older files have none
     assert "timed in the first alone: M, tf eager float32" in said
     assert "peak memory was 1,024 MiB, is 2,048 MiB" in said
     assert "ceiling on cpu is 2.00 times what it was" in said

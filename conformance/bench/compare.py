@@ -8,7 +8,7 @@ from conformance.bench import stats, table
 from conformance.bench.rounds import short
 
 KEY = ("workload", "batch", "backend", "mode", "dtype", "device")
-SAME_MACHINE = ("cpu", "cores", "threads", "memory", "gpu")
+SAME_MACHINE = ("cpu", "cores", "threads", "memory", "huge_pages", "gpu")
 DRIFT = 0.03  # of a ceiling, from which on it is told
 MEMORY = 0.05  # of a peak, from which on it is told
 
@@ -51,7 +51,7 @@ def remarks(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[str]:
     """What a reader must know beside the ratios."""
     lines = []
     for name in SAME_MACHINE:
-        a, b = first["machine"][name], second["machine"][name]
+        a, b = first["machine"].get(name), second["machine"].get(name)
         if a != b:
             lines.append(f"another machine: {name} was {a}, is {b}")
     lines += _ceilings(first, second)

@@ -20,6 +20,7 @@ def describe(threads: int) -> dict[str, Any]:
         "threads": threads,
         "memory": _memory(),
         "os": platform.platform(),
+        "huge_pages": _huge_pages(),
         "gpu": gpu.get("name"),
         "driver": gpu.get("driver_version"),
     }
@@ -53,6 +54,14 @@ def _cores() -> int:
 def _memory() -> int | None:
     with contextlib.suppress(OSError, ValueError, AttributeError):
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return None
+
+
+def _huge_pages() -> str | None:
+    """Who gets them: "always", "madvise" (who asks, as the workers do) or "never"."""
+    with contextlib.suppress(OSError, IndexError):
+        text = Path("/sys/kernel/mm/transparent_hugepage/enabled").read_text(encoding="utf-8")
+        return text.split("[")[1].split("]")[0]
     return None
 
 
