@@ -98,7 +98,7 @@ def environment(dtype: str, setup: Setup, backend: str = "") -> dict[str, str]:
 
 
 def pinned(dtype: str, device: str, threads: int) -> dict[str, str]:
-    """An environment with threads pinned, float64 allowed in JAX, and devices as asked."""
+    """An environment with threads pinned, huge pages, float64 allowed in JAX, devices as asked."""
     paths = [os.getcwd(), str(ROOT), os.environ.get("PYTHONPATH", "")]
     env = {
         **os.environ,
