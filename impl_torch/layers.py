@@ -40,9 +40,9 @@ class GroupNorm(nn.GroupNorm):
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        grouped = x.unflatten(1, (self.num_groups, -1))  # [B, G, C/G, H, W]
-        shift = grouped.detach()[:, :, :1, :1, :1]
-        return super().forward((grouped - shift).flatten(1, 2))
+        size = x.shape[1] // self.num_groups
+        shift = x.detach()[:, ::size, :1, :1].repeat_interleave(size, dim=1)  # [B, C, 1, 1]
+        return super().forward(x - shift)
 
 
 def group_norm(groups: int, width: int) -> nn.GroupNorm:

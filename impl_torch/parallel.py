@@ -13,6 +13,14 @@ class Workers:
     executor: Executor
     count: int
 
+    def run(self, function, *arguments):
+        """What the function gives, worked out in one of the threads.
+
+        In the caller's, operations would start threads of their own, and these keep the cores
+        busy for a while after.
+        """
+        return self.executor.submit(function, *arguments).result()
+
 
 def loss_and_grads(workers, model, tables, config, x0, t, noise, labels=None, drop=None):
     """As train.loss_and_grads, in slices: no layer looks across images, so nothing is lost."""
@@ -26,15 +34,21 @@ def loss_and_grads(workers, model, tables, config, x0, t, noise, labels=None, dr
 
     losses, grads = zip(*workers.executor.map(run, parts), strict=True)
 
-    def mean(values):
-        return sum(share * value for share, value in zip(shares, values, strict=True))
+    def mean(values):  # in the memory of the first
+        total = values[0].mul_(shares[0])
+        for share, value in zip(shares[1:], values[1:], strict=True):
+            total.add_(value, alpha=share)
+        return total
 
-    return mean(losses), {name: mean(g[name] for g in grads) for name in grads[0]}
+    def means():
+        return {name: mean([g[name] for g in grads]) for name in grads[0]}
+
+    return mean(losses), workers.run(means)
 
 
 def train_step(workers, state, tables, config, x0, t, noise, labels=None, drop=None):
     """As train.train_step."""
     batch = (x0, t, noise, labels, drop)
     loss, grads = loss_and_grads(workers, state.model, tables, config, *batch)
-    train.apply_gradients(state, config, grads)
+    workers.run(train.apply_gradients, state, config, grads)
     return loss
