@@ -85,11 +85,12 @@ class Setup:
     timeout: float
     probe: Config  # opened once where a device is asked for by name
     cores: int | None = None  # that workers beside each other share; None: as many as threads
+    as_it_comes: bool = False  # a library as its users have it, with nothing asked of its memory
 
 
 def environment(dtype: str, setup: Setup, backend: str = "") -> dict[str, str]:
     """The environment of a worker: that of `pinned`, and what its mode needs besides."""
-    env = pinned(dtype, setup.device, setup.threads)
+    env = pinned(dtype, setup.device, setup.threads, huge_pages=not setup.as_it_comes)
     for name, value in MODE_ENVIRONMENT.get((backend, setup.mode or ""), {}).items():
         value = value.format(threads=setup.threads)
         # what the user has in XLA_FLAGS stays; of two values of one flag the last counts
@@ -97,7 +98,7 @@ def environment(dtype: str, setup: Setup, backend: str = "") -> dict[str, str]:
     return env
 
 
-def pinned(dtype: str, device: str, threads: int) -> dict[str, str]:
+def pinned(dtype: str, device: str, threads: int, huge_pages: bool = True) -> dict[str, str]:
     """An environment with threads pinned, huge pages, float64 allowed in JAX, devices as asked."""
     paths = [os.getcwd(), str(ROOT), os.environ.get("PYTHONPATH", "")]
     env = {
@@ -105,9 +106,10 @@ def pinned(dtype: str, device: str, threads: int) -> dict[str, str]:
         **dict.fromkeys(THREAD_VARIABLES, str(threads)),
         "PYTHONPATH": os.pathsep.join(dict.fromkeys(path for path in paths if path)),
         "PYTHONIOENCODING": "utf-8",
-        "GLIBC_TUNABLES": _tunables(os.environ.get("GLIBC_TUNABLES", "")),
         "JAX_ENABLE_X64": "1" if dtype == "float64" else "0",
     }
+    if huge_pages:
+        env["GLIBC_TUNABLES"] = _tunables(env.get("GLIBC_TUNABLES", ""))
     env.pop("NVIDIA_TF32_OVERRIDE", None)  # it would decide in the place of the column
     if device == "cpu":
         env["CUDA_VISIBLE_DEVICES"] = ""

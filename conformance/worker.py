@@ -74,6 +74,18 @@ def versions() -> dict[str, str]:
         if name in sys.modules:
             with contextlib.suppress(importlib.metadata.PackageNotFoundError):
                 found[name] = importlib.metadata.version(name)
+    with contextlib.suppress(ImportError):
+        from threadpoolctl import threadpool_info
+
+        # whose kernels do the products, and those of which processor
+        parts = ("internal_api", "version", "architecture")
+        loaded = {
+            " ".join(str(pool[part]) for part in parts if pool.get(part))
+            for pool in threadpool_info()
+            if pool["user_api"] == "blas"
+        }
+        if loaded:
+            found["blas"] = ", ".join(sorted(loaded))
     return found
 
 

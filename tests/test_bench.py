@@ -6,6 +6,7 @@ import io
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -15,6 +16,7 @@ import jsonschema
 import numpy as np
 import pytest
 
+from conformance import worker
 from conformance.bench import (
     command,
     compare,
@@ -28,6 +30,7 @@ from conformance.bench import (
     table,
     workloads,
 )
+from conformance.bench import machine as machine_of
 from conformance.bench.subject import Subject, starting_params
 from conformance.execute import Session
 from conformance.process import MODE_ENVIRONMENT, CannotStart, Impl, Setup, environment
@@ -661,6 +664,56 @@ def test_a_worker_asks_for_huge_pages_unless_its_user_chose(given, found, monkey
         monkeypatch.setenv("GLIBC_TUNABLES", given)
     setup = Setup(GOLDENS, "cpu", None, 1, 60.0, TINY)
     assert environment("float32", setup, "impl_jax")["GLIBC_TUNABLES"] == found
+    library = Setup(GOLDENS, "cpu", "eager", 1, 60.0, TINY, as_it_comes=True)
+    assert environment("float32", library, "a.peer").get("GLIBC_TUNABLES") == given
+
+
+def test_a_peer_is_as_it_comes_in_its_first_mode(monkeypatch):
+    class FakeWorker:
+        def __init__(self, impl, dtype, setup, folder):
+            self.setup = setup
+
+        def start(self):
+            return {"modes": ("eager", "tuned")}
+
+        def close(self):
+            pass
+
+    monkeypatch.setattr(rounds, "WorkerProcess", FakeWorker)
+    ours, other = Impl("impl_torch", "python"), Impl("conformance.bench.peers.diffusers", "python")
+    plan = plan_of([workloads.find("tiny")])
+    found, lacking = rounds.find_contenders(
+        [ours], [other], [], ["float32"], plan, lambda text, left: None
+    )
+    assert not lacking
+    runs = [rounds.Run(plan.workloads[0], contender) for contender in found]
+    setups = [rounds.Turn(run, plan, Path(), None).worker.setup for run in runs]
+    texts = [contender.text for contender in found]
+    assert dict(zip(texts, [setup.as_it_comes for setup in setups], strict=True)) == {
+        "torch eager float32": False,
+        "diffusers eager float32": True,
+        "diffusers tuned float32": False,
+    }
+
+
+@pytest.mark.parametrize("held", [{}, {"OPENBLAS_CORETYPE": "Haswell"}])
+def test_a_variable_that_holds_a_library_back_is_told(held, monkeypatch, tmp_path):
+    for name in machine_of.HELD_BY:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in held.items():
+        monkeypatch.setenv(name, value)
+    values = values_of(entry_of("S", "impl_numpy"))
+    values["machine"]["held_by"] = machine_of.describe(2)["held_by"]
+    results.write(tmp_path / "a.json", values)  # by the schema
+    out = io.StringIO()
+    table.show(results.read(tmp_path / "a.json"), out)
+    told = "OPENBLAS_CORETYPE=Haswell is set" in out.getvalue()
+    assert told == bool(held)
+    assert ("(env -u OPENBLAS_CORETYPE ...)" in out.getvalue()) == bool(held)
+
+
+def test_the_kernels_of_products_are_among_the_versions():
+    assert re.search(r"\w+ \d[\d.]* \w+", worker.versions()["blas"])
 
 
 # --- results and tables ----------------------------------------------------------------------

@@ -111,6 +111,19 @@ def test_a_wrong_step_is_seen():
     assert shares_of_one_step(model, config)["EMA"] > 1
 
 
+@pytest.mark.parametrize(
+    ("name", "where"), [("diffusers", "on_torch"), ("keras", "keras"), ("nnx", "nnx")]
+)
+def test_memory_is_left_alone_in_the_first_mode_alone(name, where, monkeypatch):
+    kept = []
+    monkeypatch.setattr(peer(where), "keep_freed_memory", lambda: kept.append(True))
+    first, second = peer(name).modes[:2]
+    peer(name).open(SMALL, device="cpu", mode=first)
+    assert kept == []
+    peer(name).open(SMALL, device="cpu", mode=second)
+    assert kept == [True]
+
+
 @pytest.mark.parametrize("name", PEERS)
 def test_the_network_is_that_of_the_spec(name):
     params = initial_params(TINY, 3)

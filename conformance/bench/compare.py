@@ -8,7 +8,7 @@ from conformance.bench import stats, table
 from conformance.bench.rounds import short
 
 KEY = ("workload", "batch", "backend", "mode", "dtype", "device")
-SAME_MACHINE = ("cpu", "cores", "threads", "memory", "huge_pages", "gpu")
+SAME_MACHINE = ("cpu", "cores", "threads", "memory", "huge_pages", "held_by", "gpu")
 DRIFT = 0.03  # of a ceiling, from which on it is told
 MEMORY = 0.05  # of a peak, from which on it is told
 

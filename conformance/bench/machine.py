@@ -8,6 +8,18 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+# What holds a library to less than the processor can do, where somebody has set it.
+HELD_BY = (
+    "OPENBLAS_CORETYPE",
+    "OPENBLAS_L2_SIZE",
+    "MKL_ENABLE_INSTRUCTIONS",
+    "MKL_CBWR",
+    "ONEDNN_MAX_CPU_ISA",
+    "DNNL_MAX_CPU_ISA",
+    "ATEN_CPU_CAPABILITY",
+    "NPY_DISABLE_CPU_FEATURES",
+    "TF_ENABLE_ONEDNN_OPTS",
+)
 QUERY = ("name", "driver_version", "memory.total", "clocks.sm", "clocks.mem", "temperature.gpu")
 
 
@@ -21,6 +33,7 @@ def describe(threads: int) -> dict[str, Any]:
         "memory": _memory(),
         "os": platform.platform(),
         "huge_pages": _huge_pages(),
+        "held_by": {name: os.environ[name] for name in HELD_BY if os.environ.get(name)},
         "gpu": gpu.get("name"),
         "driver": gpu.get("driver_version"),
     }
@@ -38,10 +51,13 @@ def clocks() -> dict[str, Any]:
 
 
 def _processor() -> str:
+    """Its name; with family and model where Linux tells them, as names can cover generations."""
     with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        found = {key.strip(): value.strip() for key, _, value in (a.partition(":") for a in lines)}
+        if name := found.get("model name"):
+            numbers = [f"{key} {found[key]}" for key in ("cpu family", "model") if key in found]
+            return ", ".join([name, *numbers])
     return platform.processor() or platform.machine()
 
 

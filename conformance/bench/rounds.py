@@ -42,6 +42,7 @@ class Contender:
     mode: str
     dtype: str
     peer: bool = False  # a library that this repository is compared with
+    as_it_comes: bool = False  # in the mode in which its users have it: see peers/__init__.py
 
     @property
     def text(self) -> str:
@@ -67,10 +68,17 @@ class Plan:
     seed: int  # of the order of turns
     timeout: float
 
-    def setup(self, mode: str | None) -> Setup:
+    def setup(self, mode: str | None, as_it_comes: bool = False) -> Setup:
         """What its workers have in common; a small config shows whether the device is there."""
-        probe = load_config("tiny")
-        return Setup(GOLDENS, self.device, mode, self.threads, self.timeout, probe)
+        return Setup(
+            GOLDENS,
+            self.device,
+            mode,
+            self.threads,
+            self.timeout,
+            probe=load_config("tiny"),
+            as_it_comes=as_it_comes,
+        )
 
 
 @dataclasses.dataclass
@@ -181,7 +189,11 @@ def find_contenders(
             finally:
                 worker.close()
             chosen = choose_modes(impl.name, known[impl.name], modes, plan.device, peer)
-            found += [Contender(impl, mode, dtype, peer) for dtype in dtypes for mode in chosen]
+            found += [
+                Contender(impl, mode, dtype, peer, peer and mode == known[impl.name][0])
+                for dtype in dtypes
+                for mode in chosen
+            ]
     had = {mode for names in known.values() for mode in names}
     for mode in modes:
         if known and mode != "all" and mode not in had:
@@ -299,7 +311,7 @@ class Turn:
     def __init__(self, run: Run, plan: Plan, folder: Path, answers: Reference) -> None:
         self.run, self.plan, self.folder, self.answers = run, plan, folder, answers
         contender = run.contender
-        setup = plan.setup(contender.mode)
+        setup = plan.setup(contender.mode, contender.as_it_comes)
         self.worker = WorkerProcess(contender.impl, contender.dtype, setup, folder)
         self.process = 0
 

@@ -250,6 +250,13 @@ def show(values: Mapping[str, Any], out: TextIO | None = None) -> None:
         f"made {values['made']}",
         file=out,
     )
+    if held := machine.get("held_by"):
+        names = " ".join(f"{name}={value}" for name, value in held.items())
+        print(
+            f"{names} is set: a library may do less with this processor than it could; for what it "
+            f"can do, run without ({' '.join(['env', *(f'-u {name}' for name in held)])} ...)",
+            file=out,
+        )
     for ceiling in values["ceilings"]:
         print(ceiling_text(ceiling), file=out)
     if values["kind"] == "scaling":

@@ -4,6 +4,9 @@ Each module here is a backend of the benchmark (see spec/backend.py), and import
 it is needed. Its model has `train_step`, `synchronize` and `describe`, and as much of the rest as
 the library lets through: one with `state` passes the same checks as the implementations of this
 repository. `describe()["checked"]` says in words what else could be checked.
+
+The first of its modes is the library as it comes. Where memory lies, and whether it is kept, is
+then left to the system; in its other modes it is given what the implementations here ask for.
 """
 
 from typing import Any

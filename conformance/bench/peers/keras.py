@@ -40,7 +40,8 @@ def open(
             "device='cpu' and another dtype"
         )
     tf.config.experimental.enable_tensor_float_32_execution(dtype == "tf32")
-    keep_freed_memory()
+    if mode != modes[0]:
+        keep_freed_memory()
     on_gpu = bool(gpus) and device != "cpu"
     with tf.device("/GPU:0" if on_gpu else "/CPU:0"):
         return Keras(config, params, dtype, mode, on_gpu)

@@ -40,7 +40,8 @@ def open(
 ) -> "Nnx":
     """A model with these parameters, or with those that the seed gives."""
     params = opened_with(config, params, seed, dtype, device, mode, dtypes, modes)
-    keep_freed_memory()
+    if mode != modes[0]:
+        keep_freed_memory()
     if dtype == "float64":
         jax.config.update("jax_enable_x64", True)
     precision = "tensorfloat32" if dtype == "tf32" else "highest"
