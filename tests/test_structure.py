@@ -25,7 +25,17 @@ FRAMEWORKS = {
 IMPLEMENTATIONS = sorted(path.name for path in ROOT.glob("impl_*") if path.is_dir())
 PACKAGES = ["spec", "conformance", "lab", *FRAMEWORKS]
 # What requirements/base.txt gives, by the names under which it is imported.
-LIBRARIES = {"matplotlib", "numpy", "PIL", "pooch", "rich", "safetensors", "sklearn", "typer"}
+LIBRARIES = {
+    "matplotlib",
+    "numpy",
+    "PIL",
+    "pooch",
+    "rich",
+    "safetensors",
+    "sklearn",
+    "threadpoolctl",
+    "typer",
+}
 GENERATORS = {"torch", "diffusers", "mpmath"}  # the sources of the goldens, and nowhere else
 GENERATOR_FILES = {"spec/generate.py", "spec/oracle.py", "spec/floor.py", "spec/tables.py"}
 # What a dataset's files need, where they are read.
