@@ -12,7 +12,7 @@ import warnings
 import numpy as np
 import pytest
 
-from conformance.bench import batch_of, reference_shares
+from conformance.bench import batch_of, peers, reference_shares
 from conformance.bench.count import count
 from spec import reference
 from spec.config import load_config
@@ -111,12 +111,10 @@ def test_a_wrong_step_is_seen():
     assert shares_of_one_step(model, config)["EMA"] > 1
 
 
-@pytest.mark.parametrize(
-    ("name", "where"), [("diffusers", "on_torch"), ("keras", "keras"), ("nnx", "nnx")]
-)
-def test_memory_is_left_alone_in_the_first_mode_alone(name, where, monkeypatch):
+@pytest.mark.parametrize("name", PEERS)
+def test_memory_is_left_alone_in_the_first_mode_alone(name, monkeypatch):
     kept = []
-    monkeypatch.setattr(peer(where), "keep_freed_memory", lambda: kept.append(True))
+    monkeypatch.setattr(peers, "keep_freed_memory", lambda: kept.append(True))
     first, second = peer(name).modes[:2]
     peer(name).open(SMALL, device="cpu", mode=first)
     assert kept == []

@@ -252,9 +252,10 @@ def show(values: Mapping[str, Any], out: TextIO | None = None) -> None:
     )
     if held := machine.get("held_by"):
         names = " ".join(f"{name}={value}" for name, value in held.items())
+        without = " ".join(f"-u {name}" for name in held)
         print(
             f"{names} is set: a library may do less with this processor than it could; for what it "
-            f"can do, run without ({' '.join(['env', *(f'-u {name}' for name in held)])} ...)",
+            f"can do, run without (env {without} ...)",
             file=out,
         )
     for ceiling in values["ceilings"]:

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from spec.backend import ARRAY_DTYPES, Params, one_of
+from spec.backend import ARRAY_DTYPES, Params, keep_freed_memory, one_of
 from spec.config import Config
 from spec.params import check_params, initial_params, parameter_count
 
@@ -70,6 +70,8 @@ def opened_with(
 ) -> Params:
     """The arguments of a peer's `open`, checked; gives the parameters, in the dtype of arrays.
 
+    In any mode but the first, freed memory is kept from here on.
+
     Raises ValueError for a dtype, device or mode that is unknown, and ParameterError.
     """
     one_of("dtype", dtype, dtypes)
@@ -77,6 +79,8 @@ def opened_with(
     one_of("mode", mode, modes)
     if dtype == "tf32" and device == "cpu":
         raise ValueError("dtype = 'tf32' is a mode of NVIDIA GPUs; use float32, or device='cuda'")
+    if mode != modes[0]:
+        keep_freed_memory()
     params = initial_params(config, seed) if params is None else check_params(config, params)
     return {name: value.astype(ARRAY_DTYPES[dtype]) for name, value in params.items()}
 

@@ -18,7 +18,7 @@ import tensorflow as tf
 from conformance.bench.peers import Peer, opened_with
 from conformance.bench.peers.network import unet
 from spec import reference
-from spec.backend import ARRAY_DTYPES, Params, keep_freed_memory
+from spec.backend import ARRAY_DTYPES, Params
 from spec.config import Config
 from spec.params import parameter_count
 
@@ -40,8 +40,6 @@ def open(
             "device='cpu' and another dtype"
         )
     tf.config.experimental.enable_tensor_float_32_execution(dtype == "tf32")
-    if mode != modes[0]:
-        keep_freed_memory()
     on_gpu = bool(gpus) and device != "cpu"
     with tf.device("/GPU:0" if on_gpu else "/CPU:0"):
         return Keras(config, params, dtype, mode, on_gpu)

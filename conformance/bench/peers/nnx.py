@@ -22,7 +22,7 @@ from conformance.bench.peers import Peer, opened_with
 from conformance.bench.peers.network import unet
 from conformance.process import ROOT
 from spec import reference
-from spec.backend import ARRAY_DTYPES, Params, State, keep_freed_memory
+from spec.backend import ARRAY_DTYPES, Params, State
 from spec.config import Config
 from spec.params import parameter_shapes
 
@@ -40,8 +40,6 @@ def open(
 ) -> "Nnx":
     """A model with these parameters, or with those that the seed gives."""
     params = opened_with(config, params, seed, dtype, device, mode, dtypes, modes)
-    if mode != modes[0]:
-        keep_freed_memory()
     if dtype == "float64":
         jax.config.update("jax_enable_x64", True)
     precision = "tensorfloat32" if dtype == "tf32" else "highest"

@@ -7,12 +7,12 @@ import numpy as np
 import torch
 
 from conformance.bench.peers import Peer
-from spec.backend import ARRAY_DTYPES, keep_freed_memory
+from spec.backend import ARRAY_DTYPES
 from spec.config import Config
 
 DTYPES = ("float32", "tf32", "bf16")  # the libraries' own tables have no more digits
-# As it comes; tuned: channels_last memory, freed memory kept, Adam in one kernel, the EMA in one
-# loop; and that with torch.compile, on a GPU also with all the time that it likes to search.
+# As it comes; tuned: channels_last memory, Adam in one kernel, the EMA in one loop; and that with
+# torch.compile, on a GPU also with all the time that it likes to search.
 MODES = ("eager", "tuned", "compiled", "max-autotune")
 BETAS, EPS = (0.9, 0.999), 1e-8
 
@@ -38,11 +38,9 @@ class TorchPeer(Peer):
     def __init__(
         self, config: Config, network: torch.nn.Module, precision: str, device: str, mode: str
     ) -> None:
-        self.tuned = mode != MODES[0]
-        if self.tuned:
-            keep_freed_memory()
         self.config, self.precision, self.mode = config, precision, mode
         self.device, self.dtype = place(device, precision), getattr(torch, ARRAY_DTYPES[precision])
+        self.tuned = mode != "eager"
         self.memory = torch.channels_last if self.tuned else torch.contiguous_format
         # torch.nn.Module.to itself: some libraries put their own around it, and warn
         self.network: Any = torch.nn.Module.to(
