@@ -102,7 +102,7 @@ class JaxModel:
 
     @property
     def _model(self) -> unet.UNet:
-        return self._state.model
+        return nnx.merge(*self._state.model)
 
     @contextlib.contextmanager
     def _placed(self):
@@ -254,9 +254,9 @@ class JaxModel:
 
     def load_state(self, state):
         with self._placed():
-            load_params(self._model, state["params"])
-            trees = (to_tree(self._model, state[part]) for part in ("m", "v", "ema"))
-            self._state = train.State(self._model, *trees, jnp.asarray(state["step"], jnp.int32))
+            trees = (to_tree(self._model, state[part]) for part in ("params", "m", "v", "ema"))
+            model = (self._state.model[0], next(trees))
+            self._state = train.State(model, *trees, jnp.asarray(state["step"], jnp.int32))
 
     def synchronize(self):
         jax.block_until_ready(self._state)

@@ -3,6 +3,7 @@
 import functools
 
 import jax
+from flax import nnx
 from jax.sharding import PartitionSpec
 
 from impl_jax import train
@@ -26,5 +27,6 @@ def loss_and_grads(workers, model, tables, config, x0, t, noise, labels=None, dr
 def train_step(workers, state, tables, config, x0, t, noise, labels=None, drop=None):
     """As train.train_step; every device makes the whole update."""
     batch = (x0, t, noise, labels, drop)
-    loss, grads = loss_and_grads(workers, state.model, tables, config, *batch)
+    model = nnx.merge(*state.model)
+    loss, grads = loss_and_grads(workers, model, tables, config, *batch)
     return train.apply_gradients(state, config, grads), loss

@@ -3,30 +3,31 @@
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 
 def _canonical_name(path):
-    """The canonical name of the parameter at this path of an nnx.State."""
+    """The canonical name of the parameter at this path of nested dicts."""
     *words, part = (str(word) for word in path)
     return ".".join([*words, "bias" if part == "bias" else "weight"])
 
 
 def to_tree(model, params):
-    """Arrays by canonical name -> an nnx.State of native arrays, copied."""
-    flat = []
+    """Arrays by canonical name -> nested dicts of native arrays, copied."""
+    flat = {}
     for path, variable in nnx.to_flat_state(nnx.state(model, nnx.Param)):
         value = np.asarray(params[_canonical_name(path)])
         if path[-1] == "kernel":
             value = value.T if value.ndim == 2 else value.transpose(2, 3, 1, 0)
-        flat.append((path, variable.replace(jnp.array(value, variable.dtype))))
-    return nnx.from_flat_state(flat)
+        flat[path] = jnp.array(value, variable.dtype)
+    return unflatten_dict(flat)
 
 
 def from_tree(tree):
-    """An nnx.State of native arrays -> arrays by canonical name, copied."""
+    """Nested dicts of native arrays -> arrays by canonical name, copied."""
     params = {}
-    for path, variable in nnx.to_flat_state(tree):
-        value = np.asarray(variable[...])
+    for path, value in flatten_dict(tree).items():
+        value = np.asarray(value)
         if path[-1] == "kernel":
             value = value.T if value.ndim == 2 else value.transpose(3, 2, 0, 1)
         params[_canonical_name(path)] = np.array(value, order="C")
@@ -40,4 +41,4 @@ def load_params(model, params):
 
 def read_params(model):
     """The model's parameters by canonical name, copied."""
-    return from_tree(nnx.state(model, nnx.Param))
+    return from_tree(nnx.to_pure_dict(nnx.state(model, nnx.Param)))
