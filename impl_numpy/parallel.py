@@ -22,6 +22,13 @@ class Workers:
         with BLAS.limit(limits=1, user_api="blas"):
             return list(self.executor.map(function, pieces))
 
+    def each(self, function, params):
+        """The function of every name, by name; each thread has its share, dealt out by size."""
+        names = sorted(params, key=lambda name: params[name].size)
+        shares = [names[i :: self.count] for i in range(self.count)]
+        found = self.map(lambda share: {name: function(name) for name in share}, shares)
+        return {name: value for share in found for name, value in share.items()}
+
 
 def loss_and_grads(workers, model, tables, config, x0, t, noise, labels=None, drop=None):
     """As train.loss_and_grads, in slices: no layer looks across images, so nothing is lost."""
@@ -38,8 +45,8 @@ def loss_and_grads(workers, model, tables, config, x0, t, noise, labels=None, dr
     def mean(values):
         return sum(share * value for share, value in zip(shares, values, strict=True))
 
-    means = workers.map(lambda name: mean(g[name] for g in grads), model.params)
-    return mean(losses), dict(zip(model.params, means, strict=True))
+    means = workers.each(lambda name: mean(g[name] for g in grads), model.params)
+    return mean(losses), means
 
 
 def train_step(workers, state, tables, config, x0, t, noise, labels=None, drop=None):
@@ -53,6 +60,6 @@ def train_step(workers, state, tables, config, x0, t, noise, labels=None, drop=N
         train.adam_update(params, {name: grads[name]}, state.m, state.v, lr, state.step)
         train.ema_update(state.ema, {name: params[name]}, config.ema_decay, state.step)
 
-    workers.map(update, params)
+    workers.each(update, params)
     state.step += 1
     return loss
