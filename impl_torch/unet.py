@@ -26,9 +26,10 @@ class ResBlock(nn.Module):
 
     def forward(self, x, emb):
         h = self.conv1(silu(self.norm1(x)))  # S7
-        h = h + self.time_emb_proj(silu(emb))[:, :, None, None]
+        h += self.time_emb_proj(silu(emb))[:, :, None, None]
         h = self.conv2(silu(self.norm2(h)))
-        return h + (x if self.conv_shortcut is None else self.conv_shortcut(x))
+        h += x if self.conv_shortcut is None else self.conv_shortcut(x)
+        return h
 
 
 class Attention(nn.Module):
