@@ -122,7 +122,7 @@ def add_choices(
     repeated(
         "--mode",
         metavar="NAME",
-        help="a mode, or all; repeat for more (default: the usual one of each backend)",
+        help="a mode, or all; repeat for more (default: the usual ones of each backend)",
     )
     repeated("--dtype", choices=tuple(ARRAY_DTYPES), help="repeat for more (default: float32)")
     command.add_argument("--peers", action="store_true", help="all other libraries that are known")

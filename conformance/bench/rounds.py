@@ -23,12 +23,12 @@ from spec.goldens import GOLDENS
 WARM_CALLS = 2  # after the first, untimed: some frameworks compile a second time
 PROCESSES = 5  # fresh ones with --thorough
 JUDGED_AT_ONCE = 4  # states of the check after the rounds: each takes several copies of the weights
-# The modes that are timed unless others are asked for: the first that a backend has. On a GPU, and
-# of every other backend, it is the first that the module names.
-PREFERRED = {
-    "impl_jax": ("parallel", "compiled"),
-    "impl_tf": ("parallel", "compiled"),
-    "impl_numpy": ("parallel", "eager"),
+# The modes that are timed on a CPU unless others are asked for. Of PyTorch's two, the processor
+# decides which is faster. On a GPU, and of every other backend, it is the first that it names.
+USUAL = {
+    "impl_jax": ("parallel",),
+    "impl_tf": ("parallel",),
+    "impl_numpy": ("parallel",),
     "impl_torch": ("parallel", "eager"),
 }
 SLOW = {("impl_tf", "eager"), ("impl_jax", "eager")}  # not in `--mode all`: minutes a step
@@ -214,8 +214,8 @@ def choose_modes(
         return [mode for mode in has if mode in asked]
     if peer:
         return list(has[:2])  # as it comes, and tuned
-    preferred = PREFERRED.get(module, ()) if device == "cpu" else ()
-    return [next((mode for mode in preferred if mode in has), has[0])]
+    usual = USUAL.get(module, ()) if device == "cpu" else ()
+    return [mode for mode in usual if mode in has] or [has[0]]
 
 
 class Bench:
