@@ -227,6 +227,8 @@ CALLS = {
     "aborts": ("os.abort()", "crashed", "SIGABRT"),
     "leaves": ("os._exit(0)", "crashed", "exit code 0"),
     "SIGINT": (
+        # a process that was started in the background ignores it
+        "signal.signal(signal.SIGINT, signal.default_int_handler); "
         "os.kill(os.getpid(), signal.SIGINT); [time.sleep(0.01) for _ in range(100)]",
         "error",
         "KeyboardInterrupt",
