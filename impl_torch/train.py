@@ -60,21 +60,25 @@ def learning_rate(config, step):
 
 @torch.no_grad()
 def adam_update(params, grads, m, v, lr, step):
-    """One step of Adam on params, m and v in place; step counts from 0."""
+    """One step of Adam on params, m and v in place; step counts from 0.
+
+    Each torch._foreach call is for all tensors at once, as in torch.optim.
+    """
     correct1, correct2 = 1 - BETA1 ** (step + 1), 1 - BETA2 ** (step + 1)  # S9
-    for name, g in grads.items():
-        m[name].lerp_(g, 1 - BETA1)
-        v[name].mul_(BETA2).addcmul_(g, g, value=1 - BETA2)
-        root = torch.sqrt(v[name] / correct2).add_(EPS)
-        params[name].addcdiv_(m[name], root, value=-lr / correct1)
+    p, g, m, v = ([tree[name] for name in grads] for tree in (params, grads, m, v))
+    torch._foreach_lerp_(m, g, 1 - BETA1)
+    torch._foreach_mul_(v, BETA2)
+    torch._foreach_addcmul_(v, g, g, value=1 - BETA2)
+    root = torch._foreach_sqrt(torch._foreach_div(v, correct2))
+    torch._foreach_add_(root, EPS)
+    torch._foreach_addcdiv_(p, m, root, value=-lr / correct1)
 
 
 @torch.no_grad()
 def ema_update(ema, params, ema_decay, step):
     """Move the EMA towards params in place; the decay grows with the step."""
     decay = min(ema_decay, (1 + step) / (10 + step))  # S9
-    for name, p in params.items():
-        ema[name].lerp_(p, 1 - decay)
+    torch._foreach_lerp_([ema[name] for name in params], list(params.values()), 1 - decay)
 
 
 def apply_gradients(state, config, grads):

@@ -1,4 +1,4 @@
-"""PyTorch's products of many rows, which run as convolutions of 16 images, beside plain sums."""
+"""PyTorch's layers that choose their way by device or shape, beside plain sums."""
 
 import pytest
 
@@ -86,3 +86,23 @@ def test_a_1x1_convolution_of_few_images_is_the_same_product(images, layout, dty
     few = layout == torch.channels_last and images < 16
     assert convolutions == [(16, 6, 1, images * 64) if few else (images, 6, 32, 32)]
     assert layer(x).is_contiguous(memory_format=layout)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format])
+@pytest.mark.parametrize("offset", [0, 1000])
+def test_what_gpus_normalise_by_is_what_the_kernel_of_cpus_gives(offset, layout, dtype):
+    torch.manual_seed(5)
+    layer = layers.group_norm(4, 12).to(dtype)
+    x = offset + torch.randn(2, 12, 3, 5, dtype=dtype).contiguous(memory_format=layout)
+
+    def expected(x):
+        h = layers.standardised(x, 4)
+        assert h.is_contiguous(memory_format=layout)
+        return h * layer.weight[:, None, None] + layer.bias[:, None, None]
+
+    if offset:  # the digits that x itself has lost: nothing else may be lost
+        wide = layers.standardised(x.double(), 4)
+        assert (layers.standardised(x, 4) - wide).abs().max() < 1e3 * DTYPES[dtype]
+    else:
+        compare(layer, x, expected, dtype)
