@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import torch
 
-from impl_torch import diffusion, parallel, train, unet
+from impl_torch import diffusion, graph, parallel, train, unet
 from impl_torch.params import from_tree, load_params, read_params, to_tree
 from impl_torch.schedule import make_schedule
 from spec.backend import ARRAY_DTYPES, Checked, check_open, keep_freed_memory, nearest_mode
@@ -16,7 +16,10 @@ from spec.params import find_block, initial_params
 
 name = "torch"
 dtypes = ("float64", "float32", "tf32", "bf16")
-modes = ("eager", "compiled", "parallel", "contiguous", "reduce-overhead", "max-autotune")
+modes = (
+    *("eager", "compiled", "parallel", "contiguous"),
+    *("graph", "reduce-overhead", "max-autotune"),
+)
 
 
 def open(config: Config, params=None, *, seed=0, dtype="float32", device="auto", mode="compiled"):
@@ -25,6 +28,7 @@ def open(config: Config, params=None, *, seed=0, dtype="float32", device="auto",
     parallel: eager, a slice of the batch for each thread; on a GPU the whole batch.
     contiguous: eager, with images in memory as [B, C, H, W]; else they lie as [B, H, W, C].
     compiled, reduce-overhead, max-autotune: torch.compile, in its mode of that name.
+    graph: compiled, and on a GPU the loss and its gradients are one launch.
     """
     params, mode = (
         check_open(config, params, dtype, device, mode, dtypes),
@@ -66,7 +70,11 @@ class TorchModel:
             self._loss_and_grads = functools.partial(parallel.loss_and_grads, workers)
             self._train_step = functools.partial(parallel.train_step, workers)
         elif mode not in ("eager", "contiguous"):
-            model.compile(mode=None if mode == "compiled" else mode)
+            model.compile(mode=None if mode in ("compiled", "graph") else mode)
+        if mode == "graph" and device.type == "cuda":
+            graphs = {}
+            self._loss_and_grads = functools.partial(graph.loss_and_grads, graphs)
+            self._train_step = functools.partial(graph.train_step, graphs)
 
     @property
     def _model(self) -> unet.UNet:

@@ -25,7 +25,8 @@ MODES = (
     "compiled",  # whole functions: torch.compile, tf.function, jax.jit
     "parallel",  # slices of the batch side by side, in threads or on devices
     "contiguous",  # PyTorch, eager: images in memory as [B, C, H, W] instead of [B, H, W, C]
-    "reduce-overhead",  # torch.compile with CUDA graphs
+    "graph",  # PyTorch on a GPU, compiled: the loss and its gradients as one CUDA graph
+    "reduce-overhead",  # torch.compile with CUDA graphs of its own
     "max-autotune",  # torch.compile, which tries several kernels
     "xla",  # tf.function through XLA
 )

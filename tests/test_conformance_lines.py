@@ -136,4 +136,5 @@ def test_the_implementations_here_are_within_their_budgets():
     assert counts
     problems = [problem for count in counts for problem in count.problems]
     assert not problems
-    assert all(count.files[file] for count in counts for file in (*CORE, *ADDED))
+    everywhere = [file for file in (*CORE, *ADDED) if file != "graph.py"]  # PyTorch's alone
+    assert all(count.files[file] for count in counts for file in everywhere)
