@@ -39,7 +39,7 @@ def open(config: Config, params=None, *, seed=0, dtype="float32", device="auto",
     if dtype == "float64":
         jax.config.update("jax_enable_x64", True)
     # float32 means float32: products would use TF32 on a GPU by default
-    precision = "tensorfloat32" if dtype == "tf32" else "highest"
+    precision = {"tf32": "tensorfloat32", "bf16": "default"}.get(dtype, "highest")
     jax.config.update("jax_default_matmul_precision", precision)
     jax.config.update("jax_compilation_cache_dir", os.environ.get("JAX_CACHE", str(CACHE)))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
@@ -253,10 +253,11 @@ class JaxModel:
         return {"step": int(self._state.step), "params": self.params(), **trees}
 
     def load_state(self, state):
+        model = self._model
         with self._placed():
-            trees = (to_tree(self._model, state[part]) for part in ("params", "m", "v", "ema"))
-            model = (self._state.model[0], next(trees))
-            self._state = train.State(model, *trees, jnp.asarray(state["step"], jnp.int32))
+            trees = (to_tree(model, state[part]) for part in ("params", "m", "v", "ema"))
+            parts = (self._state.model[0], next(trees))
+            self._state = train.State(parts, *trees, jnp.asarray(state["step"], jnp.int32))
 
     def synchronize(self):
         jax.block_until_ready(self._state)

@@ -42,7 +42,7 @@ def open(
     params = opened_with(config, params, seed, dtype, device, mode, dtypes, modes)
     if dtype == "float64":
         jax.config.update("jax_enable_x64", True)
-    precision = "tensorfloat32" if dtype == "tf32" else "highest"
+    precision = {"tf32": "tensorfloat32", "bf16": "default"}.get(dtype, "highest")
     jax.config.update("jax_default_matmul_precision", precision)
     jax.config.update("jax_compilation_cache_dir", os.environ.get("JAX_CACHE", str(CACHE)))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
