@@ -424,6 +424,22 @@ def test_a_thorough_run_has_five_processes_of_each(place):
     assert run["import_s"] == np.median([start["import"] for start in run["starts"]])
 
 
+def test_processes_that_start_beside_each_other_tell_nothing_of_their_start(place, capsys):
+    chosen = ("--impl=impl_numpy", "--impl=lazy", "--impl=rude", "--mode=eager", "--mode=quick")
+    values = bench(*chosen, "--workload=tiny", "--at-once=3", expect=1)
+    jsonschema.validate(values, json.loads(results.SCHEMA.read_text()))
+    found = {run["backend"]: run for run in values["runs"]}
+    numpy = found["impl_numpy"]
+    assert numpy["status"] == "ok", numpy["message"]
+    assert len(numpy["rounds"]) == 5
+    assert numpy["gate"]["before"]["full"]
+    assert numpy["gate"]["after"]["full"]
+    assert [numpy[f"{what}_s"] for what in ("import", "build", "first", "copy")] == [None] * 4
+    assert found["lazy"]["status"] == "failed check"
+    assert found["rude"]["status"] == "crashed"
+    assert values["settings"]["at_once"] == 3
+
+
 def test_a_whole_run_with_a_peer_a_ceiling_and_charts(place, capsys):
     values = bench(
         *("--impl=impl_torch", f"--peer=diffusers={sys.executable}", "--workload=tiny_v"),
@@ -634,7 +650,11 @@ def test_which_modes_are_timed():
     torch = ("eager", "compiled", "parallel")
     assert rounds.choose_modes("impl_torch", torch, [], "cpu") == ["parallel", "eager"]
     assert rounds.choose_modes("impl_torch", torch, ["compiled"], "cpu") == ["compiled"]
-    assert rounds.choose_modes("impl_torch", torch, [], "cuda") == ["eager"]
+    assert rounds.choose_modes("impl_torch", torch, [], "cuda") == ["compiled"]
+    assert rounds.choose_modes("impl_torch", (*torch, "graph"), [], "cuda") == ["graph", "compiled"]
+    peer = ("eager", "tuned", "compiled", "max-autotune")
+    assert rounds.choose_modes("diffusers", peer, [], "cpu", peer=True) == ["eager", "tuned"]
+    assert rounds.choose_modes("diffusers", peer, [], "cuda", peer=True) == list(peer[:3])
     assert rounds.choose_modes("impl_tf", ("compiled", "eager"), ["xla"], "cpu") == []
 
 
@@ -833,6 +853,7 @@ def test_a_file_of_something_else_is_refused(tmp_path, text, words, capsys):
         (["--workload=S", "--batch=70000"], "--batch 70000 is outside"),
         (["--threads=0"], "--threads 0 is outside"),
         (["--seed=-1"], "--seed -1 is negative"),
+        (["--at-once=0"], "--at-once 0 is outside 1..64"),
         (["--timeout=0"], "--timeout 0 is outside"),
         (["--out=."], "--out . cannot be written"),
         (["--ceiling-seconds=-1"], "--ceiling-seconds -1 is outside"),

@@ -102,6 +102,28 @@ def test_sides_grow_as_far_as_the_time_goes():
     assert ceiling.large_rate(slow, (100, 4000), 0.1)[0] == 100  # the other would take 128 s
 
 
+def test_a_side_whose_preparation_leaves_no_time_is_left_out():
+    def multiplier(a, b):
+        time.sleep(0.3)  # as long as some compile
+        return lambda: None
+
+    library = ceiling.Library("1", multiplier, lambda size: lambda: None, lambda _: None)
+    assert ceiling.large_rate(library, (10, 20, 4000), 0.5)[0] == 10
+    assert ceiling.large_rate(library, (10, 20, 30), 60.0 / 32)[0] == 30
+
+
+def test_shapes_that_the_time_does_not_reach_are_left_out(monkeypatch):
+    monkeypatch.setattr(ceiling, "limit_cores", lambda count: None)
+    monkeypatch.setattr(ceiling, "keep_freed_memory", lambda: None)
+    monkeypatch.setattr(ceiling, "MOST_FOR_SHAPES", 0.0)
+    monkeypatch.setattr(ceiling, "COPIED", {"cpu": 2**20})
+    asked = {"library": "numpy", "dtype": "float64", "device": "cpu", "threads": 1}
+    shapes = [[40, 30, 20 + i] for i in range(500)]
+    found = ceiling.rates({**asked, "seconds": 0.05, "shapes": shapes})["shapes"]
+    assert 0 < len(found) < len(shapes)
+    assert [[s["m"], s["n"], s["k"]] for s in found] == shapes[: len(found)]
+
+
 def test_a_process_of_its_own_answers(tmp_path):
     found = ceiling.measure(sys.executable, "numpy", "float64", "cpu", 1, GEMMS, 0.3)
     assert found["library"] == "numpy"

@@ -32,6 +32,7 @@ COPIED = {"cpu": 2**28, "cuda": 2**30}  # bytes of the arrays that are copied: b
 LARGE_SHARE, COPY_SHARE = 0.4, 0.1
 SAMPLE_SECONDS = 2e-3  # at least, in one sample: what is shorter is done several times in a row
 SAMPLES = 3  # at least, of everything
+MOST_FOR_SHAPES = 30.0  # seconds for all of the step's own shapes, or what is asked for
 SMALL = 4e6  # operations: smaller products are done several in one call, as those of attention are
 
 
@@ -52,7 +53,8 @@ def measure(
 
     {"library", "version", "dtype", "device", "threads", "large": {"n", "flops_per_second"},
     "shapes": [{"m", "n", "k", "flops_per_second"}, ...], "copy_bytes_per_second"}: `shapes` holds
-    every shape of the gemms once; a copy counts what it reads and what it writes.
+    every shape of the gemms once, as far as the time goes; a copy counts what it reads and what it
+    writes.
 
     Raises CeilingError where the library is not there, or cannot do this on the device.
     """
@@ -206,8 +208,10 @@ def jax_library(dtype: str, device: str, threads: int) -> Library:
     def put(array):
         return jax.device_put(jnp.asarray(array, kind), place)
 
+    drawn = random.standard_normal(2**20, np.float32)  # repeated: to draw all takes seconds
+
     def multiplier(a, b):
-        left, right = (put(random.standard_normal(shape, np.float32)) for shape in (a, b))
+        left, right = (put(np.resize(drawn, shape)) for shape in (a, b))
         multiply = jax.jit(functools.partial(jnp.matmul, precision=precision))
         return functools.partial(multiply, left, right)
 
@@ -247,15 +251,18 @@ def fastest(call: Callable[[], Any], wait: Callable[[Any], object], seconds: flo
 def large_rate(library: Library, sides: Iterable[int], seconds: float) -> tuple[int, float]:
     """The side and the operations a second of the best large square product."""
     end = time.perf_counter() + seconds
-    best = (0, 0.0)
+    best, prepared = (0, 0.0), 0.0
     for side in sides:
         flops = 2.0 * side**3
-        left = end - time.perf_counter()
-        if best[0] and (SAMPLES + 1) * flops / best[1] > left:
+        began = time.perf_counter()
+        left = end - began
+        if best[0] and prepared + (SAMPLES + 1) * flops / best[1] > left:
             break  # there is no time for so large a one
+        given = min(left / 2, seconds / 4)
         call = library.multiplier((side, side), (side, side))
-        rate = flops / fastest(call, library.wait, min(left / 2, seconds / 4))
+        rate = flops / fastest(call, library.wait, given)
         best = max(best, (side, rate), key=lambda pair: pair[1])
+        prepared = time.perf_counter() - began - given  # some compile for many seconds
     return best
 
 
@@ -278,6 +285,8 @@ def rates(request: dict[str, Any]) -> dict[str, Any]:
     side, rate = large_rate(library, SIDES[device], LARGE_SHARE * seconds)
     copied = fastest(library.copier(COPIED[device]), library.wait, COPY_SHARE * seconds)
     each = (1 - LARGE_SHARE - COPY_SHARE) * seconds / max(1, len(shapes))
+    # where each must be compiled for a second, those that the time does not reach are left out
+    end = time.monotonic() + max(MOST_FOR_SHAPES, seconds)
     return {
         "library": name,
         "version": library.version,
@@ -288,6 +297,7 @@ def rates(request: dict[str, Any]) -> dict[str, Any]:
         "shapes": [
             {"m": m, "n": n, "k": k, "flops_per_second": shape_rate(library, m, n, k, each)}
             for m, n, k in shapes
+            if time.monotonic() < end
         ],
         "copy_bytes_per_second": 2 * COPIED[device] / copied,
     }

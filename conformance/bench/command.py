@@ -36,6 +36,7 @@ PEERS = {
     "conformance.bench.peers.nnx": "peers-jax",
 }
 LEAST_ROUNDS, MOST_ROUNDS = 5, 1000
+MOST_AT_ONCE = 64
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
@@ -133,6 +134,14 @@ def add_choices(
     )
     command.add_argument("--device", default="cpu", choices=DEVICES)
     command.add_argument("--threads", type=int, help="of every backend (default: all cores)")
+    command.add_argument(
+        "--at-once",
+        type=int,
+        default=1,
+        metavar="N",
+        help="start and check so many processes at a time, which saves minutes on many cores; what "
+        "is paid once is then not told (default: 1)",
+    )
     command.add_argument("--rounds", type=int, default=5, help="at least 5 (default: 5)")
     command.add_argument(
         "--seconds",
@@ -202,6 +211,10 @@ def chosen_plan(
         raise UsageError(
             f"--ceiling-seconds {chosen.ceiling_seconds:g} is outside [0, 3600]; choose one inside"
         )
+    if not 1 <= chosen.at_once <= MOST_AT_ONCE:
+        raise UsageError(
+            f"--at-once {chosen.at_once} is outside 1..{MOST_AT_ONCE}; choose one inside"
+        )
     if chosen.seed < 0:
         raise UsageError(f"--seed {chosen.seed} is negative; give 0 or more")
     return Plan(
@@ -213,6 +226,7 @@ def chosen_plan(
         processes=processes,
         seed=chosen.seed,
         timeout=chosen.timeout,
+        at_once=chosen.at_once,
     )
 
 

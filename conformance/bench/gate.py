@@ -113,26 +113,47 @@ def step_shares(
 ) -> dict[str, float]:
     """error / limit of a train step from state `before` to `after`, by what was compared."""
     limits, update = LIMITS[dtype], UPDATE[ARRAY_DTYPES[dtype]]
-    old, new = ({p: _wide(state[p]) for p in PARTS} for state in (before, after))
-    grads = {n: (new["m"][n] - 0.9 * old["m"][n]) / 0.1 for n in new["m"]}
-    direction = drawn_direction(old["params"])
-    own = sum(float(np.vdot(grads[n], direction[n])) for n in grads)
-    size = _norm(grads)
-    stored = 10 * limits.rounding * (_norm(old["m"]) + _norm(new["m"]))  # what m lost, in g
-    expected = reference.update(config, {"step": step, **old}, grads)
-    rounding = limits.rounding * _norm(old["params"])
+    direction = drawn_direction(before["params"])
+    unclipped = config.replace(max_grad_norm=0.0)  # what m shows has been clipped already
 
-    def moved(part: str, absolute: float) -> float:
-        is_move, should = (_difference(s[part], old[part]) for s in (new, expected))
-        return _norm(_difference(is_move, should)) / (update * _norm(should) + absolute)
+    def sums_of(name: str) -> dict[str, float]:
+        """What one parameter adds to the slope, and to the square of every norm."""
+        old, new = (
+            {part: state[part][name].astype(np.float64) for part in PARTS}
+            for state in (before, after)
+        )
+        grad = (new["m"] - 0.9 * old["m"]) / 0.1
+        state = {"step": step, **{part: {name: value} for part, value in old.items()}}
+        expected = reference.update(unclipped, state, {name: grad})
+        sums = {
+            "slope": float(np.vdot(grad, direction[name])),
+            "gradient": _square(grad),
+            "old m": _square(old["m"]),
+            "new m": _square(new["m"]),
+            "old params": _square(old["params"]),
+            "v": _square(expected["v"][name]),
+            "v off": _square(new["v"] - expected["v"][name]),
+        }
+        for part in ("params", "ema"):
+            should = expected[part][name] - old[part]
+            sums[part] = _square(should)
+            sums[f"{part} off"] = _square(new[part] - old[part] - should)
+        return sums
 
-    v = _norm(_difference(new["v"], expected["v"])) / (update * _norm(expected["v"]))
+    with ThreadPoolExecutor() as pool:
+        found = list(pool.map(sums_of, direction))
+    sums = {key: math.fsum(part[key] for part in found) for key in found[0]}
+    slope = sums.pop("slope")
+    norm = {key: math.sqrt(value) for key, value in sums.items()}
+    stored = 10 * limits.rounding * (norm["old m"] + norm["new m"])  # what m lost, in g
+    off_by = abs(slope - known.slope) / (limits.gradient * norm["gradient"] + stored)
+    rounding = limits.rounding * norm["old params"]
     return {
         "loss": abs(loss - known.loss) / (limits.loss * abs(known.loss)),
-        "gradient along one direction": abs(own - known.slope) / (limits.gradient * size + stored),
-        "v": v,
-        "update": moved("params", rounding),
-        "EMA": moved("ema", rounding),
+        "gradient along one direction": off_by,
+        "v": norm["v off"] / (update * norm["v"]),
+        "update": norm["params off"] / (update * norm["params"] + rounding),
+        "EMA": norm["ema off"] / (update * norm["ema"] + rounding),
     }
 
 
@@ -210,6 +231,11 @@ class Reference:
     def __init__(self, workload: Workload, start: Tree, pool: ThreadPoolExecutor) -> None:
         self.workload, self.start, self.pool = workload, start, pool
         self._known: Known | None = None
+
+    def prepare(self) -> None:
+        """Make what all checks before the rounds have in common."""
+        if self.workload.kind == "train":
+            self.at_start()
 
     def at_start(self) -> Known:
         """Of the batch before, at the initial weights."""
@@ -293,9 +319,5 @@ def _wide(tree: Mapping[str, np.ndarray]) -> Tree:
     return {name: value.astype(np.float64) for name, value in tree.items()}
 
 
-def _norm(tree: Tree) -> float:
-    return math.sqrt(sum(float(np.sum(value * value)) for value in tree.values()))
-
-
-def _difference(a: Tree, b: Tree) -> Tree:
-    return {name: a[name] - b[name] for name in b}
+def _square(value: np.ndarray) -> float:
+    return float(np.sum(value * value))

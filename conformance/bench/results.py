@@ -44,6 +44,7 @@ def empty(
             "processes": plan.processes,
             "thorough": plan.processes > 1,
             "seed": plan.seed,
+            "at_once": plan.at_once,
         },
         "versions": {},
         "ceilings": [],

@@ -23,14 +23,22 @@ from spec.goldens import GOLDENS
 WARM_CALLS = 2  # after the first, untimed: some frameworks compile a second time
 PROCESSES = 5  # fresh ones with --thorough
 JUDGED_AT_ONCE = 4  # states of the check after the rounds: each takes several copies of the weights
-# The modes that are timed on a CPU unless others are asked for. Of PyTorch's two, the processor
-# decides which is faster. On a GPU, and of every other backend, it is the first that it names.
+# The modes that are timed unless others are asked for; of every other backend the first that it
+# names. Of PyTorch's two on a CPU, the processor decides which is faster.
 USUAL = {
-    "impl_jax": ("parallel",),
-    "impl_tf": ("parallel",),
-    "impl_numpy": ("parallel",),
-    "impl_torch": ("parallel", "eager"),
+    "cpu": {
+        "impl_jax": ("parallel",),
+        "impl_tf": ("parallel",),
+        "impl_numpy": ("parallel",),
+        "impl_torch": ("parallel", "eager"),
+    },
+    "cuda": {
+        "impl_jax": ("compiled",),
+        "impl_tf": ("compiled",),
+        "impl_torch": ("graph", "compiled"),
+    },
 }
+PEER_MODES = {"cpu": 2, "cuda": 3}  # as it comes, and tuned; on a GPU compiled too
 SLOW = {("impl_tf", "eager"), ("impl_jax", "eager")}  # not in `--mode all`: minutes a step
 
 
@@ -67,6 +75,7 @@ class Plan:
     processes: int  # of each contender, one after the other
     seed: int  # of the order of turns
     timeout: float
+    at_once: int = 1  # processes that start, compile and are checked beside each other
 
     def setup(self, mode: str | None, as_it_comes: bool = False) -> Setup:
         """What its workers have in common; a small config shows whether the device is there."""
@@ -213,8 +222,8 @@ def choose_modes(
     if asked:
         return [mode for mode in has if mode in asked]
     if peer:
-        return list(has[:2])  # as it comes, and tuned
-    usual = USUAL.get(module, ()) if device == "cpu" else ()
+        return list(has[: PEER_MODES[device]])
+    usual = USUAL[device].get(module, ())
     return [mode for mode in usual if mode in has] or [has[0]]
 
 
@@ -275,12 +284,24 @@ class Bench:
         self._turns = [
             Turn(run, plan, folder / str(i), answers) for i, run in enumerate(runs) if run.ok
         ]
-        for turn in self._turns:
+        answers.prepare()
+
+        def begin(turn: Turn) -> None:
             self.seen(f"{name}: checking {turn.run.contender.text}")
             with self.clock.doing(workload.key, "check"):
                 turn.begin()
             if not turn.run.ok:
                 self.clock.drop(workload.key, plan.rounds)
+
+        if plan.at_once == 1:
+            for turn in self._turns:
+                begin(turn)
+        else:
+            starters = ThreadPoolExecutor(plan.at_once)
+            try:
+                list(starters.map(begin, self._turns))
+            finally:
+                starters.shutdown(wait=False, cancel_futures=True)
         for number in range(plan.rounds):
             if not any(run.ok for run in runs):
                 break
@@ -340,6 +361,8 @@ class Turn:
         self.ask({"part": "warm", "calls": WARM_CALLS})
         copies = self.ask({"part": "copy"}).get("samples", [])
         start["copy"] = float(np.median(copies)) if copies else None
+        if self.plan.at_once > 1:  # what these took beside others says nothing
+            start = dict.fromkeys(start)
         if run.ok:
             run.starts.append(start)
 
