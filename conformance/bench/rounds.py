@@ -184,25 +184,34 @@ def find_contenders(
     found: list[Contender] = []
     lacking: list[tuple[Contender, str]] = []
     known: dict[str, tuple[str, ...]] = {}
+
+    def ask(impl: Impl, folder: str) -> tuple[str, ...] | str:
+        """Its modes, or in words why it has none; with the first precision, for all."""
+        seen(f"asking {short(impl.name)} for its modes", None)
+        worker = WorkerProcess(impl, dtypes[0], plan.setup(None), Path(folder))
+        try:
+            return tuple(worker.start().get("modes", ()))
+        except CannotStart as error:
+            return str(error)
+        finally:
+            worker.close()
+
     with tempfile.TemporaryDirectory(prefix="bench-") as folder:
-        for impl in [*impls, *peers]:
-            peer = impl in peers
-            seen(f"asking {short(impl.name)} for its modes", None)
-            # with the first precision: whether it has the others shows when they are started
-            worker = WorkerProcess(impl, dtypes[0], plan.setup(None), Path(folder))
-            try:
-                known[impl.name] = tuple(worker.start().get("modes", ()))
-            except CannotStart as error:
-                lacking += [(Contender(impl, "", dtype, peer), str(error)) for dtype in dtypes]
-                continue
-            finally:
-                worker.close()
-            chosen = choose_modes(impl.name, known[impl.name], modes, plan.device, peer)
-            found += [
-                Contender(impl, mode, dtype, peer, peer and mode == known[impl.name][0])
-                for dtype in dtypes
-                for mode in chosen
-            ]
+        places = [str(Path(folder, str(i))) for i in range(len(impls) + len(peers))]
+        with ThreadPoolExecutor(plan.at_once) as pool:
+            answers = list(pool.map(ask, [*impls, *peers], places))
+    for impl, answer in zip([*impls, *peers], answers, strict=True):
+        peer = impl in peers
+        if isinstance(answer, str):
+            lacking += [(Contender(impl, "", dtype, peer), answer) for dtype in dtypes]
+            continue
+        known[impl.name] = answer
+        chosen = choose_modes(impl.name, answer, modes, plan.device, peer)
+        found += [
+            Contender(impl, mode, dtype, peer, peer and mode == answer[0])
+            for dtype in dtypes
+            for mode in chosen
+        ]
     had = {mode for names in known.values() for mode in names}
     for mode in modes:
         if known and mode != "all" and mode not in had:
