@@ -1164,17 +1164,56 @@ def test_a_waiting_worker_gives_the_memory_that_it_keeps_back_to_the_system():
     assert int(done.stdout) > 0.9 * 200 * 2**20
 
 
-def test_memory_is_given_back_after_each_part_and_before_the_peak_begins(monkeypatch, tmp_path):
+@pytest.mark.parametrize("short", [True, False])
+def test_memory_is_given_back_where_it_is_short_and_before_the_peak_begins(
+    monkeypatch, tmp_path, short
+):
     heard = []
+    monkeypatch.setattr(device, "is_short", lambda *of: short)
     monkeypatch.setattr(device, "release", lambda *of: heard.append("release"))
     monkeypatch.setattr(subject, "reset_peak_memory", lambda: heard.append("reset"))
     monkeypatch.setattr(subject, "peak_memory", lambda: heard.append("peak"))
     one = subject_of("impl_numpy", workloads.find("tiny"), tmp_path)
     one.part({"part": "warm", "calls": 1})
-    assert heard == ["release", "reset", "release"]
+    assert heard == ["release", "reset", *["release"] * short]
     heard.clear()
     one.part({"part": "round", "seconds": 0.0})
-    assert heard == ["peak", "release"]
+    assert heard == ["peak", *["release"] * short]
+
+
+@pytest.mark.parametrize(
+    ("available", "most", "now", "short"),
+    [
+        (600, None, None, False),
+        (400, None, None, True),
+        (600, "max", 900, False),
+        (600, 1000, 400, False),
+        (600, 1000, 600, True),
+        (None, None, None, True),  # nobody can tell
+    ],
+)
+def test_when_memory_is_short(monkeypatch, tmp_path, available, most, now, short):
+    monkeypatch.setattr(device, "MEMORY", tmp_path / "meminfo")
+    monkeypatch.setattr(device, "GROUP", tmp_path)
+    if available is not None:
+        text = f"MemTotal:  1000 kB\nMemFree:  1 kB\nMemAvailable:  {available} kB\n"
+        (tmp_path / "meminfo").write_text(text)
+    if most is not None:
+        (tmp_path / "memory.max").write_text(f"{most}\n")
+        (tmp_path / "memory.current").write_text(f"{now}\n")
+    assert device.is_short("numpy", "cpu") == short
+
+
+@pytest.mark.parametrize(("free", "short"), [(30, True), (60, False)])
+def test_when_a_gpus_memory_is_short(monkeypatch, tmp_path, free, short):
+    torch = FakeTorch(there=True)
+    torch.cuda.mem_get_info = lambda: (free, 100)
+    monkeypatch.setitem(sys.modules, "torch", torch)
+    (tmp_path / "meminfo").write_text("MemTotal: 100 kB\nMemAvailable: 90 kB\n")
+    monkeypatch.setattr(device, "MEMORY", tmp_path / "meminfo")
+    monkeypatch.setattr(device, "GROUP", tmp_path)
+    assert device.is_short("torch", "cuda") == short
+    assert not device.is_short("torch", "cpu")
 
 
 def test_a_framework_that_is_not_known_is_not_asked():

@@ -7,9 +7,12 @@ import contextlib
 import ctypes
 import sys
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+MEMORY, GROUP = Path("/proc/meminfo"), Path("/sys/fs/cgroup")
 
 
 def framework_of(described: Mapping[str, Any]) -> str:
@@ -92,6 +95,27 @@ def peak(framework: str, device: str) -> int | None:
         return int(module.config.experimental.get_memory_info("GPU:0")["peak"])
     stats = module.devices("gpu")[0].memory_stats() or {}
     return stats.get("peak_bytes_in_use")
+
+
+def is_short(framework: str, device: str) -> bool:
+    """Whether less than half of the machine's or the device's memory is free, or nobody can tell.
+
+    Where a container has a limit of its own, that counts too.
+    """
+    if framework == "torch" and on_gpu(framework, device):
+        free, total = sys.modules["torch"].cuda.mem_get_info()
+        if free < total / 2:
+            return True
+    try:
+        lines = MEMORY.read_text(encoding="ascii").splitlines()
+        found = {key: int(rest.split()[0]) for key, _, rest in (a.partition(":") for a in lines)}
+        short = found["MemAvailable"] < found["MemTotal"] / 2
+    except (OSError, ValueError, KeyError, IndexError):
+        return True
+    with contextlib.suppress(OSError, ValueError):  # no such limit, or none: "max"
+        most, now = (int((GROUP / f"memory.{what}").read_text()) for what in ("max", "current"))
+        short = short or now > most / 2
+    return short
 
 
 def release(framework: str, device: str) -> None:

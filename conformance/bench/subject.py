@@ -79,7 +79,9 @@ class Subject:
         if request["part"] not in parts:
             raise ValueError(f"part {request['part']!r} is unknown; known are {', '.join(parts)}")
         reply = parts[request["part"]](request)
-        device.release(self.framework, self.session.device)  # a dozen workers wait side by side
+        where = (self.framework, self.session.device)
+        if device.is_short(*where):  # a dozen workers wait side by side
+            device.release(*where)
         return reply
 
     def check(self, request: Mapping[str, Any]) -> dict[str, Any]:
