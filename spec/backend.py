@@ -30,7 +30,8 @@ MODES = (
     "max-autotune",  # torch.compile, which tries several kernels
     "xla",  # tf.function through XLA
 )
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8  # of glibc's mallopt
+# Of glibc's mallopt.
+M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -2, -3, -8
 METHODS = ("ddpm", "ddim", "dpmpp")
 Params = dict[str, np.ndarray]
 State = dict[str, Any]  # {"step": int, "params": Params, "m": Params, "v": Params, "ema": Params}
@@ -245,13 +246,14 @@ def keep_freed_memory(heaps: int | None = None) -> None:
 
     heaps: how many there are for all threads that begin from here on. None: one for each, so that
     what a thread frees is still in the cache of its core when it takes it again. But such a heap
-    goes back to the system when it is empty; a thread that frees all that it has, step by step, is
-    better off with heaps=1.
+    has parts of 64 MiB, and an array that is larger is mapped by itself and goes back to the system
+    when it is freed; where a thread has such arrays, it is better off with heaps=1.
     """
     with contextlib.suppress(OSError, AttributeError, TypeError):
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(M_MMAP_THRESHOLD, 1 << 30)  # bytes: arrays below are not mapped one by one
         mallopt(M_TRIM_THRESHOLD, (1 << 31) - 1)  # bytes: free ones at the top stay
+        mallopt(M_TOP_PAD, 1 << 26)  # bytes: so large a part of a thread's heap stays when empty
         if heaps:
             mallopt(M_ARENA_MAX, heaps)
 

@@ -311,10 +311,21 @@ def test_freed_memory_is_kept():
     assert pages < 2**25 // 4096  # fewer than one of the twenty arrays has
 
 
-def test_freed_memory_of_threads_is_kept_in_one_heap():
-    """As above, in threads, whose own heaps would go back to the system when they are empty."""
+def test_freed_memory_of_threads_is_kept_in_their_own_heaps():
+    """As above, of a thread that stays and empties all parts of its heap, step by step."""
     work = (
+        "from concurrent.futures import ThreadPoolExecutor\n"
+        "pool = ThreadPoolExecutor(1)\n"
         "def arrays(): [np.ones(2**21) for _ in range(8)]\n"
+        "def work(): pool.submit(lambda: [arrays() for _ in range(5)]).result()"
+    )
+    assert new_pages(None, work) < 2**24 // 4096 // 2  # fewer than half an array has
+
+
+def test_freed_memory_of_threads_is_kept_in_one_heap():
+    """As above, in threads that end, with arrays too large for a part of a heap of theirs."""
+    work = (
+        "def arrays(): [np.ones(size) for size in [2**21] * 8 + [2**24] * 2]\n"
         "def work():\n"
         "    thread = threading.Thread(target=lambda: [arrays() for _ in range(5)])\n"
         "    thread.start(), thread.join()"
