@@ -8,6 +8,7 @@ row, so a batch for a check repeats a few rows, in a drawn order, until it has t
 
 import dataclasses
 import math
+import threading
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -110,6 +111,7 @@ def step_shares(
     step: int,
     loss: float,
     known: Known,
+    pool: ThreadPoolExecutor,
 ) -> dict[str, float]:
     """error / limit of a train step from state `before` to `after`, by what was compared."""
     limits, update = LIMITS[dtype], UPDATE[ARRAY_DTYPES[dtype]]
@@ -140,8 +142,7 @@ def step_shares(
             sums[f"{part} off"] = _square(new[part] - old[part] - should)
         return sums
 
-    with ThreadPoolExecutor() as pool:
-        found = list(pool.map(sums_of, direction))
+    found = list(pool.map(sums_of, direction))
     sums = {key: math.fsum(part[key] for part in found) for key in found[0]}
     slope = sums.pop("slope")
     norm = {key: math.sqrt(value) for key, value in sums.items()}
@@ -231,16 +232,13 @@ class Reference:
     def __init__(self, workload: Workload, start: Tree, pool: ThreadPoolExecutor) -> None:
         self.workload, self.start, self.pool = workload, start, pool
         self._known: Known | None = None
-
-    def prepare(self) -> None:
-        """Make what all checks before the rounds have in common."""
-        if self.workload.kind == "train":
-            self.at_start()
+        self._making = threading.Lock()  # several checks may ask at once
 
     def at_start(self) -> Known:
         """Of the batch before, at the initial weights."""
-        if self._known is None:
-            self._known = known(self.workload.config, self.start, BEFORE, self.pool)
+        with self._making:
+            if self._known is None:
+                self._known = known(self.workload.config, self.start, BEFORE, self.pool)
         return self._known
 
     def step(self, dtype: str, when: int, found: "FoundStep") -> Verdict:
@@ -267,7 +265,7 @@ class Reference:
             else known(config, found.before["params"], when, self.pool)
         )
         shares = step_shares(
-            config, dtype, found.before, found.after, found.step, found.loss, answer
+            config, dtype, found.before, found.after, found.step, found.loss, answer, self.pool
         )
         return judged(shares, how)
 

@@ -169,6 +169,17 @@ class Clock:
         return float(np.mean(self.spent[known, kind])) * growth
 
 
+def side_by_side(function: Callable[[Any], Any], items: Sequence[Any], count: int) -> list[Any]:
+    """function(item) of every item, `count` at a time; Ctrl-C waits for none that has begun."""
+    if count == 1:
+        return [function(item) for item in items]
+    pool = ThreadPoolExecutor(count)
+    try:
+        return list(pool.map(function, items))
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
 def find_contenders(
     impls: Sequence[Impl],
     peers: Sequence[Impl],
@@ -185,7 +196,7 @@ def find_contenders(
     lacking: list[tuple[Contender, str]] = []
     known: dict[str, tuple[str, ...]] = {}
 
-    def ask(impl: Impl, folder: str) -> tuple[str, ...] | str:
+    def ask(impl: Impl) -> tuple[str, ...] | str:
         """Its modes, or in words why it has none; with the first precision, for all."""
         seen(f"asking {short(impl.name)} for its modes", None)
         worker = WorkerProcess(impl, dtypes[0], plan.setup(None), Path(folder))
@@ -197,9 +208,7 @@ def find_contenders(
             worker.close()
 
     with tempfile.TemporaryDirectory(prefix="bench-") as folder:
-        places = [str(Path(folder, str(i))) for i in range(len(impls) + len(peers))]
-        with ThreadPoolExecutor(plan.at_once) as pool:
-            answers = list(pool.map(ask, [*impls, *peers], places))
+        answers = side_by_side(ask, [*impls, *peers], plan.at_once)
     for impl, answer in zip([*impls, *peers], answers, strict=True):
         peer = impl in peers
         if isinstance(answer, str):
@@ -293,7 +302,6 @@ class Bench:
         self._turns = [
             Turn(run, plan, folder / str(i), answers) for i, run in enumerate(runs) if run.ok
         ]
-        answers.prepare()
 
         def begin(turn: Turn) -> None:
             self.seen(f"{name}: checking {turn.run.contender.text}")
@@ -302,15 +310,7 @@ class Bench:
             if not turn.run.ok:
                 self.clock.drop(workload.key, plan.rounds)
 
-        if plan.at_once == 1:
-            for turn in self._turns:
-                begin(turn)
-        else:
-            starters = ThreadPoolExecutor(plan.at_once)
-            try:
-                list(starters.map(begin, self._turns))
-            finally:
-                starters.shutdown(wait=False, cancel_futures=True)
+        side_by_side(begin, self._turns, plan.at_once)
         for number in range(plan.rounds):
             if not any(run.ok for run in runs):
                 break
