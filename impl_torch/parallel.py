@@ -8,18 +8,20 @@ from impl_torch import train
 
 @dataclasses.dataclass
 class Workers:
-    """An executor, and how many threads it has; no operation in them has threads of its own."""
+    """An executor, and how many threads it has; no operation in them has threads of its own.
+
+    All work is done in them: in the caller's thread, operations would start threads that keep the
+    cores busy for a while after.
+    """
 
     executor: Executor
     count: int
 
-    def run(self, function, *arguments):
-        """What the function gives, worked out in one of the threads.
-
-        In the caller's, operations would start threads of their own, and these keep the cores
-        busy for a while after.
-        """
-        return self.executor.submit(function, *arguments).result()
+    def each(self, function, params):
+        """What the function gives for the names of every thread's share, dealt out by size."""
+        names = sorted(params, key=lambda name: params[name].numel())
+        shares = [names[i :: self.count] for i in range(self.count)]
+        return list(self.executor.map(function, shares))
 
 
 def loss_and_grads(workers, model, tables, config, x0, t, noise, labels=None, drop=None):
@@ -40,15 +42,23 @@ def loss_and_grads(workers, model, tables, config, x0, t, noise, labels=None, dr
             total.add_(value, alpha=share)
         return total
 
-    def means():
-        return {name: mean([g[name] for g in grads]) for name in grads[0]}
-
-    return mean(losses), workers.run(means)
+    found = workers.each(lambda names: {n: mean([g[n] for g in grads]) for n in names}, grads[0])
+    return mean(losses), {name: value for share in found for name, value in share.items()}
 
 
 def train_step(workers, state, tables, config, x0, t, noise, labels=None, drop=None):
-    """As train.train_step."""
+    """As train.train_step; each parameter is updated in one of the threads."""
     batch = (x0, t, noise, labels, drop)
     loss, grads = loss_and_grads(workers, state.model, tables, config, *batch)
-    workers.run(train.apply_gradients, state, config, grads)
+    clipped = workers.executor.submit(train.clip_by_global_norm, grads, config.max_grad_norm)
+    grads = clipped.result()  # S9
+    lr = train.learning_rate(config, state.step)
+    params = {name: p.detach() for name, p in state.model.named_parameters()}
+
+    def update(names):
+        train.adam_update(params, {n: grads[n] for n in names}, state.m, state.v, lr, state.step)
+        train.ema_update(state.ema, {n: params[n] for n in names}, config.ema_decay, state.step)
+
+    workers.each(update, params)
+    state.step += 1
     return loss
