@@ -4,6 +4,7 @@ import functools
 
 import jax
 from flax import nnx
+from jax.flatten_util import ravel_pytree
 from jax.sharding import PartitionSpec
 
 from impl_jax import train
@@ -17,7 +18,8 @@ def loss_and_grads(workers, model, tables, config, x0, t, noise, labels=None, dr
         return train.loss_and_grads(model, tables, config, x0, t, noise, labels, drop)
 
     def run(model, *batch):
-        return jax.lax.pmean(train.loss_and_grads(model, tables, config, *batch), "devices")
+        array, restored = ravel_pytree(train.loss_and_grads(model, tables, config, *batch))
+        return restored(jax.lax.pmean(array, "devices"))  # for every array, all devices wait
 
     shapes = {"in_specs": (WHOLE, *[SLICE] * 5), "out_specs": WHOLE, "check_vma": False}
     return jax.shard_map(run, mesh=workers, **shapes)(model, x0, t, noise, labels, drop)
