@@ -10,6 +10,7 @@ from jax.sharding import PartitionSpec
 from impl_jax import train
 
 WHOLE, SLICE = PartitionSpec(), PartitionSpec("devices")
+SMALL = 4096  # numbers; copying so many takes less time than waiting
 
 
 def loss_and_grads(workers, model, tables, config, x0, t, noise, labels=None, drop=None):
@@ -17,9 +18,16 @@ def loss_and_grads(workers, model, tables, config, x0, t, noise, labels=None, dr
     if len(x0) % workers.size:  # rows that cannot be shared out evenly: each device takes them all
         return train.loss_and_grads(model, tables, config, x0, t, noise, labels, drop)
 
+    def mean(tree):  # in every pmean the devices wait for one another: small arrays go as one
+        small = jax.tree.map(lambda a: a if a.size <= SMALL else None, tree)
+        large = jax.tree.map(lambda a: a if a.size > SMALL else None, tree)
+        array, restored = ravel_pytree(small)
+        array, large = jax.lax.pmean((array, large), "devices")
+        either = {"is_leaf": lambda a: a is None}
+        return jax.tree.map(lambda a, b: b if a is None else a, restored(array), large, **either)
+
     def run(model, *batch):
-        array, restored = ravel_pytree(train.loss_and_grads(model, tables, config, *batch))
-        return restored(jax.lax.pmean(array, "devices"))  # for every array, all devices wait
+        return mean(train.loss_and_grads(model, tables, config, *batch))
 
     shapes = {"in_specs": (WHOLE, *[SLICE] * 5), "out_specs": WHOLE, "check_vma": False}
     return jax.shard_map(run, mesh=workers, **shapes)(model, x0, t, noise, labels, drop)
