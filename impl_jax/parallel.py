@@ -19,12 +19,11 @@ def loss_and_grads(workers, model, tables, config, x0, t, noise, labels=None, dr
         return train.loss_and_grads(model, tables, config, x0, t, noise, labels, drop)
 
     def mean(tree):  # in every pmean the devices wait for one another: small arrays go as one
-        small = jax.tree.map(lambda a: a if a.size <= SMALL else None, tree)
-        large = jax.tree.map(lambda a: a if a.size > SMALL else None, tree)
-        array, restored = ravel_pytree(small)
-        array, large = jax.lax.pmean((array, large), "devices")
-        either = {"is_leaf": lambda a: a is None}
-        return jax.tree.map(lambda a, b: b if a is None else a, restored(array), large, **either)
+        leaves, structure = jax.tree.flatten(tree)
+        array, restored = ravel_pytree([a for a in leaves if a.size <= SMALL])
+        small = iter(restored(jax.lax.pmean(array, "devices")))
+        found = (next(small) if a.size <= SMALL else jax.lax.pmean(a, "devices") for a in leaves)
+        return jax.tree.unflatten(structure, found)
 
     def run(model, *batch):
         return mean(train.loss_and_grads(model, tables, config, *batch))
