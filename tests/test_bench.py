@@ -3,6 +3,7 @@
 import copy
 import importlib
 import io
+import itertools
 import json
 import os
 import platform
@@ -26,6 +27,7 @@ from conformance.bench import (
     rounds,
     shares,
     stats,
+    steps,
     subject,
     table,
     workloads,
@@ -505,10 +507,10 @@ def test_what_cannot_grow_is_said(place, arguments, words, capsys):
 def test_a_stopped_command_writes_what_it_has(place, monkeypatch, capsys):
     ask = rounds.Turn.round
 
-    def stopping(turn, process):
+    def stopping(turn, process, needed):
         if len(turn.run.rounds) == 2:
             raise KeyboardInterrupt
-        ask(turn, process)
+        ask(turn, process, needed)
 
     monkeypatch.setattr(rounds.Turn, "round", stopping)
     values = bench("--impl=impl_numpy", "--workload=tiny", "--workload=tiny_v", expect=1)
@@ -594,7 +596,7 @@ class FakeTurn:
     def begin(self):
         self.log.append(("begin", self.run.contender.mode))
 
-    def round(self, process):
+    def round(self, process, needed):
         self.log.append(("round", self.run.contender.mode))
         self.run.rounds.append([1.0])
         self.run.processes.append(process)
@@ -1177,22 +1179,76 @@ def test_memory_is_given_back_where_it_is_short_and_before_the_peak_begins(
     one.part({"part": "warm", "calls": 1})
     assert heard == ["release", "reset", *["release"] * short]
     heard.clear()
-    one.part({"part": "round", "seconds": 0.0})
+    one.part({"part": "round", "seconds": 0.0, "needed": 1000})
     assert heard == ["peak", *["release"] * short]
+    assert one.released == short
+
+
+def test_the_largest_peak_is_what_the_next_turn_may_need():
+    workload = workloads.find("tiny")
+    one = rounds.Contender(Impl("impl_numpy", sys.executable), "eager", "float32")
+    runs = [rounds.Run(workload, one) for _ in range(2)]
+    assert rounds.most_needed(runs) is None
+    runs[0].peak_memory = 300
+    assert rounds.most_needed(runs) is None  # the other's is not known yet
+    runs[1].peak_memory = 700
+    assert rounds.most_needed(runs) == 700
+    runs[1].memory_of = "device"
+    assert rounds.most_needed(runs) is None
+    assert rounds.most_needed([]) is None
+
+
+def test_after_memory_was_given_away_calls_count_once_it_is_back(monkeypatch, tmp_path):
+    one = subject_of("impl_numpy", workloads.find("tiny"), tmp_path)
+    monkeypatch.setattr(device, "is_short", lambda *of: False)
+    memory = iter([100, 200, 201, 200, 300, 302, 299, 301, *[301] * 9])
+    monkeypatch.setattr(subject, "resident_memory", lambda: next(memory))
+    one.part({"part": "warm", "calls": 1})
+    assert one.released
+    reply = one.part({"part": "round", "seconds": 0.0})
+    assert next(memory) == 301  # the last growth was the fifth call's
+    assert one.steps == 1 + 8 + len(reply["samples"])
+    one.part({"part": "round", "seconds": 0.0})
+    assert one.steps == 1 + 8 + 1 + 1 + 1
+
+
+def test_a_heap_that_grows_for_ever_is_not_waited_for(monkeypatch, tmp_path):
+    one = subject_of("impl_numpy", workloads.find("tiny"), tmp_path)
+    memory = itertools.count(100, 100)
+    monkeypatch.setattr(subject, "resident_memory", lambda: next(memory))
+    monkeypatch.setattr(subject, "SETTLE_SECONDS", 0.05)
+    one.released = True
+    one.part({"part": "round", "seconds": 0.0})
+    assert 2 <= one.steps < 1000
+
+
+def test_resident_memory_is_what_an_array_adds():
+    before = steps.resident_memory()
+    if before is None:
+        pytest.skip("only Linux tells")
+    array = np.ones(2**22)
+    assert 0.9 * array.nbytes < steps.resident_memory() - before < 2 * array.nbytes
+    assert steps.peak_memory() >= steps.resident_memory()
 
 
 @pytest.mark.parametrize(
-    ("available", "most", "now", "short"),
+    ("available", "most", "now", "needed", "short"),
     [
-        (600, None, None, False),
-        (400, None, None, True),
-        (600, "max", 900, False),
-        (600, 1000, 400, False),
-        (600, 1000, 600, True),
-        (None, None, None, True),  # nobody can tell
+        (600, None, None, None, False),
+        (400, None, None, None, True),
+        (600, "max", 900, None, False),
+        (600, 1000, 400, None, False),
+        (600, 1000, 600, None, True),
+        (400, None, None, 400 * 1024, False),
+        (400, None, None, 400 * 1024 + 1, True),
+        (600, None, None, 700 * 1024, True),
+        (600, 1000, 600, 400, False),
+        (600, 1000, 601, 400, True),
+        (None, None, None, None, True),  # nobody can tell
+        (None, None, None, 1, True),
     ],
 )
-def test_when_memory_is_short(monkeypatch, tmp_path, available, most, now, short):
+def test_when_memory_is_short(monkeypatch, tmp_path, available, most, now, needed, short):
     monkeypatch.setattr(device, "MEMORY", tmp_path / "meminfo")
     monkeypatch.setattr(device, "GROUP", tmp_path)
     if available is not None:
@@ -1201,7 +1257,7 @@ def test_when_memory_is_short(monkeypatch, tmp_path, available, most, now, short
     if most is not None:
         (tmp_path / "memory.max").write_text(f"{most}\n")
         (tmp_path / "memory.current").write_text(f"{now}\n")
-    assert device.is_short("numpy", "cpu") == short
+    assert device.is_short("numpy", "cpu", needed) == short
 
 
 @pytest.mark.parametrize(("free", "short"), [(30, True), (60, False)])

@@ -97,10 +97,10 @@ def peak(framework: str, device: str) -> int | None:
     return stats.get("peak_bytes_in_use")
 
 
-def is_short(framework: str, device: str) -> bool:
-    """Whether less than half of the machine's or the device's memory is free, or nobody can tell.
+def is_short(framework: str, device: str, needed: int | None = None) -> bool:
+    """Whether fewer bytes than `needed` are free, or nobody can tell; None: half of all.
 
-    Where a container has a limit of its own, that counts too.
+    Where a container has a limit of its own, that counts too; so does a GPU's memory, by half.
     """
     if framework == "torch" and on_gpu(framework, device):
         free, total = sys.modules["torch"].cuda.mem_get_info()
@@ -109,13 +109,13 @@ def is_short(framework: str, device: str) -> bool:
     try:
         lines = MEMORY.read_text(encoding="ascii").splitlines()
         found = {key: int(rest.split()[0]) for key, _, rest in (a.partition(":") for a in lines)}
-        short = found["MemAvailable"] < found["MemTotal"] / 2
+        room = [(found["MemAvailable"] * 1024, found["MemTotal"] * 1024)]
     except (OSError, ValueError, KeyError, IndexError):
         return True
     with contextlib.suppress(OSError, ValueError):  # no such limit, or none: "max"
         most, now = (int((GROUP / f"memory.{what}").read_text()) for what in ("max", "current"))
-        short = short or now > most / 2
-    return short
+        room.append((most - now, most))
+    return any(free < (total / 2 if needed is None else needed) for free, total in room)
 
 
 def release(framework: str, device: str) -> None:

@@ -316,10 +316,11 @@ class Bench:
                 break
             self._order.shuffle(self._turns)
             self.seen(f"{name}: round {number + 1} of {plan.rounds}")
+            needed = most_needed([run for run in runs if run.ok])
             for turn in self._turns:
                 if turn.run.ok:
                     with self.clock.doing(workload.key, "round"):
-                        turn.round(process)
+                        turn.round(process, needed)
         self._turns.sort(key=lambda turn: runs.index(turn.run))
         with ThreadPoolExecutor(JUDGED_AT_ONCE) as judges:
             jobs = []
@@ -394,9 +395,9 @@ class Turn:
             return {}
         return reply
 
-    def round(self, process: int) -> None:
-        """One round of samples."""
-        reply = self.ask({"part": "round", "seconds": self.plan.seconds})
+    def round(self, process: int, needed: int | None) -> None:
+        """One round of samples; then so many bytes are to be free."""
+        reply = self.ask({"part": "round", "seconds": self.plan.seconds, "needed": needed})
         if reply:
             run = self.run
             run.rounds.append([float(seconds) for seconds in reply["samples"]])
@@ -439,6 +440,16 @@ class Turn:
             loss=found["loss"],
         )
         return self.answers.step(dtype, BEFORE if when == "before" else AFTER, step)
+
+
+def most_needed(runs: Sequence[Run]) -> int | None:
+    """What the next turn may need of the host's memory, in bytes: the largest peak of all runs.
+
+    None while it is not known of every run.
+    """
+    peaks = [run.peak_memory for run in runs if run.memory_of == "host"]
+    known = [peak for peak in peaks if peak is not None]
+    return max(known) if known and len(known) == len(runs) else None
 
 
 def judge_loss(found: dict[str, Any], when: str) -> Verdict:

@@ -100,16 +100,29 @@ def reset_peak_memory() -> None:
 
 def peak_memory() -> int | None:
     """The largest resident memory of this process in bytes, or None where it cannot be known."""
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
+    most = _memory("VmHWM")
+    if most is not None:
+        return most
     try:
         import resource
     except ImportError:
         return None
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return most if sys.platform == "darwin" else most * 1024
+
+
+def resident_memory() -> int | None:
+    """What of it is resident now, or None where it cannot be known."""
+    return _memory("VmRSS")
+
+
+def _memory(key: str) -> int | None:
+    """A figure in bytes of what Linux tells of a process."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
+            if line.startswith(f"{key}:"):
+                return int(line.split()[1]) * 1024
+    return None
 
 
 @dataclasses.dataclass
