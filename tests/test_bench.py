@@ -589,6 +589,7 @@ class FakeTurn:
     """Stands for a process; writes down what it is asked."""
 
     log: list
+    needs: list
 
     def __init__(self, run, plan, folder, answers):
         self.run, self.worker = run, self
@@ -598,6 +599,8 @@ class FakeTurn:
 
     def round(self, process, needed):
         self.log.append(("round", self.run.contender.mode))
+        self.needs.append(needed)
+        self.run.peak_memory = 300 if self.run.contender.mode == "a" else 100
         self.run.rounds.append([1.0])
         self.run.processes.append(process)
 
@@ -613,7 +616,7 @@ def test_turns_come_in_an_order_that_changes_with_each_round(monkeypatch):
     monkeypatch.setattr(rounds, "Turn", FakeTurn)
     orders = {}
     for seed in (0, 0, 1):
-        FakeTurn.log = []
+        FakeTurn.log, FakeTurn.needs = [], []
         plan = plan_of([workloads.find("tiny")], rounds=20, processes=2, seed=seed)
         impl = Impl("impl_numpy", sys.executable)
         found = [rounds.Contender(impl, mode, "float32") for mode in "abcd"]
@@ -625,6 +628,8 @@ def test_turns_come_in_an_order_that_changes_with_each_round(monkeypatch):
         assert len(set(taken)) > 10
         assert orders.setdefault(seed, taken) == taken
     assert orders[0] != orders[1]
+    first, other = [None] * 4 + [300] * 72 + [None] * 4, [300] * 76 + [None] * 4
+    assert FakeTurn.needs == first + other  # the check after the last round needs more
     kinds = [what for what, _ in FakeTurn.log]
     assert kinds == (["begin"] * 4 + ["round"] * 80 + ["after"] * 4) * 2
 

@@ -10,12 +10,7 @@ from safetensors.numpy import load_file, save_file
 
 from conformance.bench import device
 from conformance.bench.gate import AFTER, BEFORE, PARTS, checked_batch, sampling_inputs
-from conformance.bench.steps import (
-    batch_of,
-    peak_memory,
-    reset_peak_memory,
-    resident_memory,
-)
+from conformance.bench.steps import batch_of, peak_memory, reset_peak_memory, resident_memory
 from conformance.bench.workloads import Workload
 from conformance.execute import Session, described
 from spec.config import Config, config_from_dict
