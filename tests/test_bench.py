@@ -1,5 +1,6 @@
 """The benchmark: what is checked before a figure counts, rounds, statistics, results, tables."""
 
+import argparse
 import copy
 import importlib
 import io
@@ -644,6 +645,15 @@ def test_the_time_left_is_what_is_to_be_done_times_what_it_took():
     assert clock.seconds_left() == 0
     assert table.duration(100) == "; about 2 min left"
     assert table.duration(None) == ""
+
+
+def test_a_peer_may_be_named_beside_all_of_them():
+    names = sorted(command.PEERS)
+    for named in ([], ["diffusers"], ["keras=python"], [*command.PEERS]):
+        chosen = argparse.Namespace(peer=named, peers=True, device="cpu")
+        found = command.chosen_peers(chosen)
+        assert sorted(impl.name for impl in found) == names
+        assert command.peers_by_name(chosen) == {impl.name for impl in found[: len(named)]}
 
 
 def test_which_modes_are_timed():

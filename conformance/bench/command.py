@@ -183,12 +183,12 @@ def chosen_peers(chosen: argparse.Namespace) -> list[Impl]:
     known = {short(module): module for module in PEERS}
     texts = list(chosen.peer) + ([*known] if chosen.peers else [])
     peers: dict[str, Impl] = {}
-    for text in texts:
+    for number, text in enumerate(texts):
         name, equals, _ = text.partition("=")
         module = known.get(name, name)
         python = interpreter(PEERS.get(module, module), chosen.device)
         impl = parse_impl(f"{module}{text[len(name) :]}" if equals else module, python)
-        if impl.name in peers and text in chosen.peer:
+        if impl.name in peers and number < len(chosen.peer):
             raise UsageError(f"--peer {name} is given twice; give each once")
         peers.setdefault(impl.name, impl)
     return list(peers.values())
